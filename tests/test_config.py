@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4export import presets
-from v4export.config import Fp8Blocks, Yarn
-from v4export.config_keys import COMMON, FAMILIES, IRRELEVANT, LIMITED, REQUIRED
-from v4export.config_readers import read_config, to_hub_config
+from v4export.config import CSA, HCA, WINDOW, Fp8Blocks, Indexer, Yarn
+from v4export.config_keys import COMMON
+from v4export.config_readers import FAMILIES, read_config, to_hub_config
+from v4export.config_values import REQUIRED
 from v4export.errors import BadInput, NotSupported
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -40,6 +41,7 @@ def configs(draw):
     chosen = draw(st.integers(1, per_group * kept))
     yarn = st.builds(Yarn, ratio, size, ratio, ratio, st.floats(0, 2), st.floats(0, 2))
     token = st.none() | st.integers(0, 99)
+    indexer = st.builds(Indexer, size, st.integers(base.qk_rope_head_dim, 512), size)
     return replace(
         base,
         num_layers=layers,
@@ -62,11 +64,54 @@ def configs(draw):
         eos_token_ids=tuple(draw(st.lists(st.integers(0, 99), max_size=3))),
         dtype=draw(st.sampled_from(["bfloat16", "float16", "float32"])),
         fp8=draw(st.none() | st.builds(Fp8Blocks, size, size, st.booleans())),
+        indexer=base.indexer and draw(indexer),
+    )
+
+
+@st.composite
+def v4_configs(draw):
+    base = presets.load("tiny-v4")
+    size, ratio = st.integers(1, 1 << 20), st.floats(1e-6, 1e6)
+    layers = draw(st.integers(1, 9))
+    kinds = draw(st.lists(st.sampled_from([WINDOW, CSA, HCA]), min_size=layers, max_size=layers))
+    groups, width = draw(st.integers(1, 8)), draw(st.integers(4, 600))
+    rotated = 2 * draw(st.integers(1, width // 2))
+    rates = draw(st.sampled_from([(4, 128), (8, 64), (4, 64)]))
+    indexer = st.builds(Indexer, size, st.integers(rotated, 1024), size)
+    return replace(
+        base,
+        num_layers=layers,
+        moe_layers=tuple(range(layers)),
+        hidden_size=32 * draw(size),
+        moe_intermediate_size=32 * draw(size),
+        num_heads=groups * draw(st.integers(1, 9)),
+        qk_rope_head_dim=rotated,
+        compressed=replace(
+            base.compressed,
+            head_dim=width,
+            window=draw(size),
+            o_groups=groups,
+            o_lora_rank=draw(size),
+            layers=tuple(kinds),
+            rope_theta=draw(ratio),
+            csa_ratio=rates[0],
+            hca_ratio=rates[1],
+        ),
+        indexer=draw(indexer if CSA in kinds else st.none() | indexer),
+        hyper=replace(base.hyper, streams=draw(st.integers(1, 9)), sinkhorn_iterations=draw(size), eps=draw(ratio)),
+        hash_layers=tuple(i for i in range(layers) if draw(st.booleans())),
+        swiglu_limit=draw(ratio),
+        rope_theta=draw(ratio),
+        yarn=draw(st.none() | st.builds(Yarn, ratio, size, ratio, ratio, st.just(0.0), st.just(0.0))),
+        num_mtp_layers=draw(st.integers(0, 3)),
+        tie_word_embeddings=draw(st.booleans()),
+        fp8=draw(st.none() | st.builds(Fp8Blocks, size, size, st.booleans())),
+        fp4_experts=draw(st.booleans()),
     )
 
 
 @settings(max_examples=100, deadline=None)
-@given(configs())
+@given(configs() | v4_configs())
 def test_round_trip(config):
     assert read_config(json.loads(json.dumps(to_hub_config(config)))) == config
 
@@ -87,11 +132,11 @@ def test_files_that_are_no_configuration(tmp_path, text):
 
 
 def test_unknown_model_type():
-    for family in ("deepseek_v4", None, 3, ["deepseek_v3"]):
+    for family in ("deepseek_v41", None, 3, ["deepseek_v3"]):
         with pytest.raises(BadInput) as error:
             read_config(raw(model_type=family))
         assert repr(family) in str(error.value)
-        assert "deepseek_v2, deepseek_v3, kimi_k2" in str(error.value)
+        assert "deepseek_v2, deepseek_v3, deepseek_v32, deepseek_v4, kimi_k2" in str(error.value)
     with pytest.raises(BadInput, match="unknown model_type None"):
         read_config({})
 
@@ -107,10 +152,10 @@ def test_unknown_key():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_key_is_in_one_table(family):
-    table = FAMILIES[family][1]
-    assert not table.keys() & IRRELEVANT.keys()
-    assert not LIMITED.keys() & IRRELEVANT.keys()
-    assert not table.keys() & LIMITED.keys()
+    tables = FAMILIES[family]
+    assert not tables.keys.keys() & tables.irrelevant.keys()
+    assert not tables.limited.keys() & tables.irrelevant.keys()
+    assert not tables.keys.keys() & tables.limited.keys()
 
 
 @pytest.mark.parametrize("key", [name for name, key in COMMON.items() if key.default is REQUIRED])
@@ -258,3 +303,156 @@ def test_all_layers_dense():
 def test_expert_layers_that_a_hub_configuration_cannot_say():
     with pytest.raises(NotSupported, match="moe_layers"):
         to_hub_config(replace(presets.load("tiny-v3"), moe_layers=(0, 2)))
+
+
+def test_indexer_of_v32():
+    assert presets.load("deepseek-v3.2").indexer == Indexer(64, 128, 2048)
+    assert presets.load("tiny-v3").indexer is None
+    named = ["indexed_attention"] * 3
+    assert read_config(raw("tiny-v3.2", layer_types=named)) == presets.load("tiny-v3.2")
+    with pytest.raises(NotSupported, match="layer_types"):
+        read_config(raw("tiny-v3.2", layer_types=[*named[1:], "full_attention"]))
+    with pytest.raises(BadInput, match="index_topk is missing"):
+        read_config({key: value for key, value in raw("tiny-v3.2").items() if key != "index_topk"})
+    with pytest.raises(BadInput, match=r"qk_rope_head_dim = 8, indexer\.head_dim = 4"):
+        read_config(raw("tiny-v3.2", index_head_dim=4))
+    with pytest.raises(BadInput, match="not known: index_topk"):
+        read_config(raw("tiny-v3", index_topk=4))
+
+
+V4_YARN = {"factor": 16, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 64}
+NAMED = {
+    "layer_types": [
+        "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+        "compressed_sparse_attention",
+    ],
+    "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
+    "partial_rotary_factor": 0.25,
+    "rope_parameters": {
+        "main": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        "compress": V4_YARN
+        | {"rope_type": "yarn", "type": "yarn", "rope_theta": 160000.0, "partial_rotary_factor": 0.25,
+           "attention_factor": 1.0},
+    },
+}  # fmt: skip
+NATIVE = {
+    "compress_ratios", "num_hash_layers", "qk_rope_head_dim", "rope_theta", "compress_rope_theta", "rope_scaling"
+}  # fmt: skip
+
+
+def named(**changes):
+    """tiny-v4 as transformers spells it."""
+    return {key: value for key, value in raw("tiny-v4").items() if key not in NATIVE} | NAMED | changes
+
+
+def test_both_spellings_of_v4():
+    config = presets.load("tiny-v4")
+    assert read_config(named()) == config
+    assert read_config(raw("tiny-v4", **NAMED)) == config
+    assert config.compressed.layers == (WINDOW, CSA, HCA, CSA)
+    assert config.hash_layers == (0, 1)
+    assert (config.rope_theta, config.compressed.rope_theta) == (10000, 160000)
+    # Neither cos and sin nor the softmax scale are stretched.
+    assert config.yarn.rotary_magnitude == config.yarn.softmax_correction == 1
+    assert config.softmax_scale == 32**-0.5
+    rates = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 64}
+    other = read_config(named(compress_rates=rates, mlp_layer_types=["moe", "hash_moe", "moe", "hash_moe"]))
+    assert (other.compressed.csa_ratio, other.compressed.hca_ratio, other.hash_layers) == (8, 64, (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        ({"compress_ratios": [0, 4, 128, 128]}, "compress_ratios and layer_types"),
+        ({"compress_rates": {"compressed_sparse_attention": 8}}, "compress_ratios and compress_rates"),
+        ({"num_hash_layers": 1}, "num_hash_layers and mlp_layer_types"),
+        ({"qk_rope_head_dim": 4}, "qk_rope_head_dim and partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "qk_rope_head_dim and partial_rotary_factor"),
+        ({"rope_theta": 5.0}, r"rope_theta and rope_parameters\.main\.rope_theta"),
+        ({"compress_rope_theta": 5.0}, r"compress_rope_theta and rope_parameters\.compress\.rope_theta"),
+        ({"rope_scaling": V4_YARN | {"type": "yarn", "factor": 8}}, r"rope_scaling and rope_parameters\.compress"),
+    ],
+)
+def test_spellings_of_v4_that_disagree(change, keys):
+    with pytest.raises(BadInput, match=f"config keys {keys} disagree"):
+        read_config(raw("tiny-v4", **NAMED | change))
+
+
+@pytest.mark.parametrize("tail", [[], [0], [0, 0, 0]])
+def test_entries_of_prediction_stages(tail):
+    config = presets.load("tiny-v4")
+    assert read_config(raw("tiny-v4", compress_ratios=[0, 4, 128, 4, *tail])) == config
+    with pytest.raises(BadInput, match="entries that belong to no layer"):
+        read_config(raw("tiny-v4", compress_ratios=[0, 4, 128, 4, *tail, 4]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"compress_ratios": [0, 4, 128]}, "compress_ratios"),
+        ({"compress_ratios": [0, 4, 128, "4"]}, "compress_ratios"),
+        ({"compress_ratios": None}, "compress_ratios or layer_types is missing"),
+        ({"num_hash_layers": 5}, r"num_layers = 4, hash_layers = \(0, 1, 2, 3, 4\)"),
+        ({"num_hash_layers": None}, "num_hash_layers or mlp_layer_types is missing"),
+        ({"o_groups": 3}, r"num_heads = 4, compressed\.o_groups = 3"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim = 7"),
+        ({"qk_rope_head_dim": 34, "index_head_dim": 64}, r"qk_rope_head_dim = 34, compressed\.head_dim = 32"),
+        ({"index_head_dim": 4}, r"indexer\.head_dim = 4"),
+        ({"index_head_dim": None}, r"indexer are missing\n.*indexer\.head_dim"),
+        ({"index_head_dim": None, "index_n_heads": None, "index_topk": None}, "needs an indexer"),
+        ({"expert_dtype": "fp4", "hidden_size": 80}, "hidden_size = 80"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"hc_mult": 0}, "hc_mult"),
+        ({"swiglu_limit": -1}, "swiglu_limit"),
+        ({"first_k_dense_replace": 1}, "not known: first_k_dense_replace"),
+        ({"rope_scaling": V4_YARN | {"type": "yarn", "mscale": 1}}, "rope_scaling has keys that are not known: mscale"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        ({"layer_types": ["full_attention"] * 4}, "layer_types"),
+        ({"compress_rates": {"other": 4}}, "compress_rates"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
+        (
+            {"expert_dtype": "fp8", "quantization_config": FP8 | {"expert_dtype": "fp4"}},
+            r"expert_dtype and quantization_config\.expert_dtype disagree",
+        ),
+    ],
+)
+def test_v4_that_contradicts(changes, shown):
+    with pytest.raises(BadInput, match=shown):
+        read_config(raw("tiny-v4", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"compress_ratios": [0, 2, 128, 4]}, "compress_ratios has 2"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = false; wanted true"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads"),
+        ({"scoring_func": "sigmoid"}, "scoring_func"),
+        ({"expert_dtype": "int4"}, "expert_dtype"),
+        ({"vision_config": {"patch": 14}}, "vision_config"),
+        ({"rope_scaling": V4_YARN | {"type": "yarn", "attention_factor": 1.3}}, "attention_factor"),
+        ({"rope_parameters": {"main": V4_YARN | {"rope_type": "yarn"}}}, "rotary scaling"),
+    ],
+)
+def test_v4_that_is_not_supported(changes, shown):
+    with pytest.raises(NotSupported, match=shown):
+        read_config(raw("tiny-v4", **changes))
+
+
+def test_where_v4_says_what_its_experts_are():
+    for place in ({"expert_dtype": "fp4"}, {"quantization_config": FP8 | {"expert_dtype": "fp4"}}):
+        assert read_config(raw("tiny-v4", moe_intermediate_size=64, **place)).fp4_experts
+    for place in ({}, {"expert_dtype": "fp8"}, {"expert_dtype": None}, {"quantization_config": FP8}):
+        assert not read_config(raw("tiny-v4", **place)).fp4_experts
+    assert "expert_dtype" not in to_hub_config(presets.load("tiny-v4"))
+
+
+def test_v4_is_written_as_deepseek_writes_it():
+    written = to_hub_config(presets.load("deepseek-v4-flash"))
+    published = raw("deepseek-v4-flash")
+    assert {key: value for key, value in published.items() if key in written} == {
+        key: value for key, value in written.items() if key in published
+    } | {"rope_scaling": published["rope_scaling"]}
+    assert published.keys() - written.keys() == {"attention_dropout", "initializer_range", "use_cache"}

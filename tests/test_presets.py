@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from v4export import presets
 from v4export.checkpoint.count import parameter_counts
-from v4export.config import Fp8Blocks
+from v4export.config import CSA, HCA, WINDOW, Fp8Blocks, Indexer
 from v4export.errors import BadInput
 
 PUBLISHED = ["deepseek-v2-lite", "deepseek-v3", "deepseek-v3.1", "kimi-k2"]
-TINY = ["tiny-kimi-k2", "tiny-v2-lite", "tiny-v3", "tiny-v3.1"]
+V4 = [f"deepseek-v4-{name}" for name in ("flash", "flash-0731", "flash-base", "pro", "pro-0813", "pro-base")]
+TINY = ["tiny-kimi-k2", "tiny-v2-lite", "tiny-v3", "tiny-v3.1", "tiny-v3.2", "tiny-v4", "tiny-v4-fp4"]
+LARGE = {"tiny-kimi-k2": "kimi-k2", "tiny-v4": "deepseek-v4-flash", "tiny-v4-fp4": "deepseek-v4-flash"}
 
 
 def test_names():
-    assert {*PUBLISHED, *TINY} <= {*presets.names()}
+    assert {*PUBLISHED, *TINY, *V4, "deepseek-v3.2"} == {*presets.names()}
     assert presets.names() == sorted(presets.names())
     assert all(presets.load(name).num_layers for name in presets.names())
 
@@ -35,16 +40,48 @@ def test_published_numbers():
     assert k2.yarn and (k2.yarn.beta_fast, k2.yarn.beta_slow) == (1, 1)
 
 
+def test_v32_is_v31_with_an_indexer():
+    v32, v31 = presets.load("deepseek-v3.2"), presets.load("deepseek-v3.1")
+    assert v32 == replace(v31, family="deepseek_v32", indexer=Indexer(64, 128, 2048))
+
+
+def test_v4_releases():
+    flash, flash_0731, flash_base, pro, pro_0813, pro_base = map(presets.load, V4)
+    assert [flash.compressed.layers.count(kind) for kind in (WINDOW, CSA, HCA)] == [2, 21, 20]
+    assert [pro.compressed.layers.count(kind) for kind in (WINDOW, CSA, HCA)] == [0, 30, 31]
+    assert (flash.kind(0), flash.kind(2), flash.kind(3), flash.kind(42)) == ("window hash", "csa hash", "hca", "csa")
+    assert flash.softmax_scale == pytest.approx(0.0441942, abs=1e-7)
+    # Later releases change what drafts, and base models how experts are stored.
+    assert (flash_0731, pro_0813) == (flash, pro)
+    assert flash_base == replace(flash, fp4_experts=False) != flash
+    assert pro_base == replace(pro, fp4_experts=False) != pro
+    assert flash.fp8 == Fp8Blocks(power_of_two=True)
+    for name in V4:
+        raw = json.loads(presets.path(name).read_text())
+        stages = 3 if name[-4:].isdigit() else 1
+        assert len(raw["compress_ratios"]) == raw["num_hidden_layers"] + stages
+
+
+@pytest.mark.parametrize("name", ["tiny-v4", "tiny-v4-fp4"])
+def test_tiny_v4_has_every_kind_of_layer(name):
+    config = presets.load(name)
+    assert set(config.kinds) == {"window hash", "csa hash", "csa", "hca"}
+    # Of few heads, all may score 0 behind the ReLU, and which entries are chosen would be open.
+    assert config.indexer.num_heads >= 32
+    assert config.fp4_experts == (name == "tiny-v4-fp4")
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_ones_are_small_and_odd(name):
     config = presets.load(name)
     assert parameter_counts(config).total < 1_000_000
     assert config.hidden_size % 128
     assert config.yarn
-    assert 0 < len(config.moe_layers) < config.num_layers
+    assert 0 < len(config.moe_layers) < config.num_layers or config.compressed
     # A family's options are those of the model it is the small form of.
-    large = presets.load(name.replace("tiny-v", "deepseek-v").replace("tiny-", ""))
+    large = presets.load(LARGE.get(name, name.replace("tiny-v", "deepseek-v")))
     for option in ("family", "scoring", "topk_method", "norm_topk_prob", "routed_scaling_factor", "rope_theta"):
         assert getattr(config, option) == getattr(large, option)
     assert (config.q_lora_rank is None) == (large.q_lora_rank is None)
     assert (config.num_groups > 1) == (large.num_groups > 1)
+    assert (config.indexer is None) == (large.indexer is None)

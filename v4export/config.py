@@ -47,8 +47,49 @@ class Fp8Blocks:
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """The lightning indexer, which chooses what a query attends to (DeepSeek-V3.2, arXiv 2512.02556, section 2.1)."""
+
+    num_heads: int
+    head_dim: int  # I
+    top_k: int  # most tokens or entries a query attends to
+
+
+#: Kinds of attention layer of DeepSeek-V4: a sliding window; beside it the entries that an indexer selects (compressed
+#: sparse attention); beside it all of few entries (heavily compressed attention).
+WINDOW, CSA, HCA = "window", "csa", "hca"
+
+
+@dataclass(frozen=True)
+class CompressedAttention:
+    """DeepSeek-V4's attention over a sliding window and compressed entries (arXiv 2606.19348, section 2.3)."""
+
+    head_dim: int  # W: of a query head, and of the one key that is also the value
+    window: int
+    o_groups: int
+    o_lora_rank: int
+    layers: tuple[str, ...]  # WINDOW, CSA or HCA, one a layer
+    rope_theta: float  # of CSA and HCA layers, which also have the YaRN scaling; window layers have neither
+    csa_ratio: int = 4  # tokens of a CSA entry
+    hca_ratio: int = 128  # tokens of an HCA entry
+
+    def ratio(self, kind: str) -> int:
+        """Tokens that an entry of this kind of layer stands for."""
+        return {CSA: self.csa_ratio, HCA: self.hca_ratio}[kind]
+
+
+@dataclass(frozen=True)
+class HyperConnections:
+    """Manifold-constrained hyper-connections in place of the residual stream (arXiv 2512.24880)."""
+
+    streams: int  # X
+    sinkhorn_iterations: int
+    eps: float
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A latent-attention mixture-of-experts decoder.
+    """A mixture-of-experts decoder: latent attention, or a window with compressed entries where ``compressed`` is set.
 
     Field comments give the letter of the project's legend (``v4export/model/__init__.py``).
     """
@@ -59,11 +100,11 @@ class ModelConfig:
     num_layers: int
     num_heads: int  # H
     q_lora_rank: int | None
-    kv_lora_rank: int  # L
+    kv_lora_rank: int  # L; 0 where attention is not latent, as the next but one and the one after that
     qk_nope_head_dim: int  # N
     qk_rope_head_dim: int  # R
     v_head_dim: int  # V
-    intermediate_size: int  # F of a dense layer
+    intermediate_size: int  # F of a dense layer; 0 where there is none
     moe_layers: tuple[int, ...]  # indices of the layers with routed experts
     moe_intermediate_size: int  # F of an expert
     num_experts: int  # E
@@ -71,7 +112,7 @@ class ModelConfig:
     experts_per_token: int  # K
     num_groups: int  # G
     topk_groups: int
-    scoring: str  # softmax | sigmoid
+    scoring: str  # softmax | sigmoid | sqrtsoftplus
     topk_method: str  # greedy | group_limited_greedy | noaux_tc
     norm_topk_prob: bool
     routed_scaling_factor: float
@@ -87,6 +128,12 @@ class ModelConfig:
     pad_token_id: int | None = None
     dtype: str = "bfloat16"  # what the checkpoint says its unquantised tensors are
     fp8: Fp8Blocks | None = None
+    fp4_experts: bool = False  # experts are stored as packed E2M1 with a power of two per 32 numbers
+    indexer: Indexer | None = None
+    compressed: CompressedAttention | None = None
+    hyper: HyperConnections | None = None
+    hash_layers: tuple[int, ...] = ()  # routed layers that choose experts by token id
+    swiglu_limit: float | None = None  # gates are cut off above it, and up-projections beyond it on both sides
     left_out_layers: int = 0  # layers of the checkpoint after ``num_layers`` that the user does not want
 
     @property
@@ -100,21 +147,45 @@ class ModelConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def hidden_shape(self) -> tuple[int, ...]:
+        """Shape of a token's hidden state between layers: [D], or [X, D] with hyper-connections."""
+        return (self.hyper.streams, self.hidden_size) if self.hyper else (self.hidden_size,)
+
+    @property
     def expert_parameters(self) -> int:
         """Numbers in one routed expert's three matrices."""
         return 3 * self.moe_intermediate_size * self.hidden_size
 
     @property
     def softmax_scale(self) -> float:
-        """1/sqrt(N+R), with YaRN's correction where the config has it."""
+        """1/sqrt of a query head's width, with YaRN's correction in latent attention where the config has it."""
+        if self.compressed:
+            return self.compressed.head_dim**-0.5
         return self.qk_head_dim**-0.5 * (self.yarn.softmax_correction if self.yarn else 1.0)
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer has routed experts."""
         return layer in self.moe_layers
 
+    def kind(self, layer: int) -> str:
+        """Which kind of block a layer is; blocks of a kind differ in their weights alone."""
+        if self.compressed:
+            return self.compressed.layers[layer] + (" hash" if layer in self.hash_layers else "")
+        return "routed" if self.is_moe(layer) else "dense"
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The kinds of block that occur, and the first layer of each."""
+        first: dict[str, int] = {}
+        for layer in range(self.num_layers):
+            first.setdefault(self.kind(layer), layer)
+        return first
+
     def first_layers(self, count: int) -> ModelConfig:
         """The model cut off after its first ``count`` layers, its head kept."""
-        kept = tuple(i for i in self.moe_layers if i < count)
+        moe, hashed = (tuple(i for i in layers if i < count) for layers in (self.moe_layers, self.hash_layers))
+        compressed = self.compressed and replace(self.compressed, layers=self.compressed.layers[:count])
         left_out = self.left_out_layers + self.num_layers - count
-        return replace(self, num_layers=count, moe_layers=kept, left_out_layers=left_out)
+        return replace(
+            self, num_layers=count, moe_layers=moe, hash_layers=hashed, compressed=compressed, left_out_layers=left_out
+        )

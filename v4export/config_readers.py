@@ -1,112 +1,103 @@
 """Reads a Hugging Face config.json into ModelConfig, and writes it back.
 
-The tables are in ``config_keys.py``: per family one says how each key is read; ``LIMITED`` has the keys that change the
-maths and are supported at some values only; ``IRRELEVANT`` those that change nothing in the exported function, with the
-reason. A key in none of the three is an error. Both spellings are taken: the Hub's (``rope_theta`` + ``rope_scaling``,
-``torch_dtype``) and that of transformers 5 (``rope_parameters``, ``dtype``).
+The tables are in ``config_keys.py`` and ``config_readers_v4.py``: per family one says how each key is read; another has
+the keys that change the maths and are supported at some values only; a third those that change nothing in the exported
+function, with the reason. A key in none of the three is an error. Both spellings are taken: the Hub's (``rope_theta`` +
+``rope_scaling``, ``torch_dtype``) and that of transformers 5 (``rope_parameters``, ``dtype``).
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from v4export.config import Fp8Blocks, ModelConfig, Yarn
-from v4export.config_keys import (
-    FAMILIES,
-    IRRELEVANT,
-    LIMITED,
-    QUANTIZATION,
-    QUANTIZATION_IRRELEVANT,
-    REQUIRED,
-    RULES,
-    YARN,
-    YARN_LIMITED,
-    Key,
-    real,
-    size,
-    wrong_value,
-)
-from v4export.errors import BadInput, NotSupported, V4Error
+from v4export import config_readers_v4 as v4
+from v4export.config import CompressedAttention, HyperConnections, Indexer, ModelConfig, Yarn
+from v4export.config_keys import IRRELEVANT, LIMITED, LIMITED_V32, RULES, V2, V3, V32, Limits
+from v4export.config_parts import read_fp8, read_yarn, write_fp8, write_yarn
+from v4export.config_values import Key, check_limited, read_fields, real, refuse_unknown, table
+from v4export.errors import BadInput, NotSupported
 
 
-def _limited(key: str, value: Any, accepted: tuple[Any, ...], error: type[V4Error], why: str = "") -> None:
-    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted):
-        wanted = " or ".join(map(repr, accepted))
-        raise error(f"config key {key} is not supported at this value", f"{key} = {value!r}; wanted {wanted}", why)
-
-
-def _fields(raw: Mapping[str, Any], table: Mapping[str, Key]) -> dict[str, Any]:
-    fields = {}
-    for name, key in table.items():
-        present = [spelling for spelling in (name, key.also) if spelling in raw]
-        if not present and key.default is REQUIRED:
-            raise BadInput(f"config key {name} is missing", fix="Use the model's published config.json.")
-        values = [key.read(spelling, raw[spelling]) for spelling in present] or [key.read(name, key.default)]
-        if any(value != values[0] for value in values):
-            raise BadInput(f"config keys {name} and {key.also} disagree", f"{raw[name]!r} and {raw[key.also]!r}")
-        fields[key.field] = values[0]
-    return fields
-
-
-def _refuse_unknown(raw: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(set(raw) - known)
-    if unknown:
-        close = [match for key in unknown for match in difflib.get_close_matches(key, known, 1)]
-        hint = f"Did you mean {', '.join(close)}? " if close else ""
-        raise BadInput(
-            f"{where} has keys that are not known: {', '.join(unknown)}",
-            "; ".join(f"{key} = {raw[key]!r}" for key in unknown[:5]),
-            hint + "A key that is not understood may change the maths, so it is not skipped.",
-        )
-
-
-def _table(key: str, value: Any) -> dict[str, Any] | None:
-    if value is not None and not isinstance(value, dict):
-        raise wrong_value(key, value, "an object or null")
-    return value
+def _read_latent(raw: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    dense = min(fields.pop("first_k_dense_replace"), fields["num_layers"])
+    theta, yarn = _rope(raw)
+    moe_layers = tuple(range(dense, fields["num_layers"]))
+    return {"moe_layers": moe_layers, "rope_theta": theta, "yarn": yarn, "fp8": read_fp8(raw)}
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, Yarn | None]:
-    scaling = dict(_table("rope_scaling", raw.get("rope_scaling")) or {})
-    scaling |= _table("rope_parameters", raw.get("rope_parameters")) or {}
+    scaling = dict(table("rope_scaling", raw.get("rope_scaling")) or {})
+    scaling |= table("rope_parameters", raw.get("rope_parameters")) or {}
     thetas = [real("rope_theta", one["rope_theta"]) for one in (raw, scaling) if one.get("rope_theta") is not None]
     if len(set(thetas)) != 1:
         values = f"rope_theta = {thetas or 'missing'}"
         raise BadInput("config key rope_theta is missing or given twice with different values", values)
     scaling.pop("rope_theta", None)
-    kinds = {scaling.pop(key) for key in ("type", "rope_type") if isinstance(scaling.get(key), str)}
-    kind = kinds.pop() if len(kinds) == 1 else "" if kinds or scaling else "default"
-    if kind == "default" and not scaling.keys() - {"original_max_position_embeddings", "factor"}:
-        return thetas[0], None
-    if kind != "yarn":
-        values = f"rope_scaling type = {kind or kinds or None!r}, {scaling}"
-        raise NotSupported("this rotary scaling is not supported", values, "Supported: yarn, or none.")
-    _refuse_unknown(scaling, {*YARN, *YARN_LIMITED}, "rope_scaling")
-    for key, accepted in YARN_LIMITED.items():
-        _limited(f"rope_scaling.{key}", scaling.get(key), accepted, NotSupported)
-    return thetas[0], Yarn(**_fields(scaling, YARN))
+    return thetas[0], read_yarn(scaling)
 
 
-def _fp8(raw: Mapping[str, Any]) -> Fp8Blocks | None:
-    quantization = _table("quantization_config", raw.get("quantization_config"))
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method")
-    fix = "Supported: quant_method fp8 with E4M3 blocks, or no quantization_config."
-    _limited("quantization_config.quant_method", method, QUANTIZATION["quant_method"], NotSupported, fix)
-    _refuse_unknown(quantization, {*QUANTIZATION, *QUANTIZATION_IRRELEVANT}, "quantization_config")
-    for key, accepted in QUANTIZATION.items():
-        if key in quantization:
-            _limited(f"quantization_config.{key}", quantization[key], accepted, NotSupported, fix)
-    block = quantization.get("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2:
-        raise wrong_value("weight_block_size", block, "two integers")
-    rows, columns = (size("weight_block_size", one) for one in block)
-    return Fp8Blocks(rows, columns, quantization.get("scale_fmt") == "ue8m0")
+def _write_latent(config: ModelConfig) -> dict[str, Any]:
+    dense = config.num_layers - len(config.moe_layers)
+    if config.moe_layers != tuple(range(dense, config.num_layers)):
+        raise NotSupported("expert layers must be the last ones to be written", f"moe_layers = {config.moe_layers}")
+    raw: dict[str, Any] = {"first_k_dense_replace": dense, "moe_layer_freq": 1}
+    raw |= {"num_key_value_heads": config.num_heads, "rope_theta": config.rope_theta}
+    return raw | {"rope_scaling": write_yarn(config.yarn)} | write_fp8(config)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model_type is read and written.
+
+    Attributes:
+        architecture: name of its class.
+        keys: how each key is read.
+        limited: keys that are supported at some values only.
+        irrelevant: keys that change nothing, or are read by ``read``, and why.
+        read: from the content and the fields of ``keys``, the fields that no key gives by itself.
+        write: the keys that ``read`` reads.
+    """
+
+    architecture: str
+    keys: dict[str, Key]
+    limited: Limits
+    irrelevant: Mapping[str, str] = field(default_factory=lambda: IRRELEVANT)
+    read: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _read_latent
+    write: Callable[[ModelConfig], dict[str, Any]] = _write_latent
+
+
+FAMILIES: dict[str, Family] = {
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", V2, LIMITED),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", V3, LIMITED),
+    "deepseek_v32": Family("DeepseekV32ForCausalLM", V32, LIMITED_V32),
+    "deepseek_v4": Family(v4.ARCHITECTURE, v4.KEYS, v4.V4_LIMITED, v4.V4_IRRELEVANT, v4.read, v4.write),
+    "kimi_k2": Family("DeepseekV3ForCausalLM", V3, LIMITED),
+}
+# What a dotted field is a field of.
+_NESTED: dict[str, type] = {"indexer": Indexer, "compressed": CompressedAttention, "hyper": HyperConnections}
+
+
+def _nest(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes one object of the fields ``indexer.num_heads``, ``indexer.head_dim`` ..., or None where all are None."""
+    nested = {name: value for name, value in fields.items() if "." not in name}
+    for name, kind in _NESTED.items():
+        own = {key.split(".")[1]: value for key, value in fields.items() if key.startswith(f"{name}.")}
+        missing = sorted(f"{name}.{key}" for key, value in own.items() if value is None)
+        if missing and len(missing) < len(own):
+            raise BadInput(f"config values of the {name} are missing", ", ".join(missing))
+        nested[name] = kind(**own) if own and not missing else None
+    return nested
+
+
+def _field(config: ModelConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = None if value is None else getattr(value, part)
+    return value
 
 
 def _load(source: Path) -> dict[str, Any]:
@@ -130,44 +121,30 @@ def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
         NotSupported: a value that is valid and has no implementation here.
     """
     raw = source if isinstance(source, Mapping) else _load(Path(source))
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise BadInput(f"unknown model_type {family!r}", f"known: {', '.join(FAMILIES)}", "Check config.json.")
-    table = FAMILIES[family][1]
-    also = {key.also for key in table.values()} - {""}
-    _refuse_unknown(raw, {*table, *also, *LIMITED, *IRRELEVANT}, "config.json")
-    fields = _fields(raw, table)
-    for key, (accepted, error, why) in LIMITED.items():
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise BadInput(f"unknown model_type {name!r}", f"known: {', '.join(FAMILIES)}", "Check config.json.")
+    family = FAMILIES[name]
+    also = {key.also for key in family.keys.values()} - {""}
+    refuse_unknown(raw, {*family.keys, *also, *family.limited, *family.irrelevant}, "config.json")
+    fields = read_fields(raw, family.keys)
+    for key, (accepted, error, why) in family.limited.items():
         if key in raw:
-            _limited(key, raw[key], accepted(fields), error, f"Supported: {why}.")
-    dense = min(fields.pop("first_k_dense_replace"), fields["num_layers"])
-    theta, yarn = _rope(raw)
-    moe_layers = tuple(range(dense, fields["num_layers"]))
-    config = ModelConfig(family=family, moe_layers=moe_layers, rope_theta=theta, yarn=yarn, fp8=_fp8(raw), **fields)
-    for holds, wrong, shown in RULES:
+            check_limited(key, raw[key], accepted(fields), error, f"Supported: {why}.")
+    fields |= family.read(raw, fields)
+    config = ModelConfig(family=name, **_nest(fields))
+    for holds, wrong, shown in RULES + v4.RULES:
         if not holds(config):
-            values = ", ".join(f"{name} = {getattr(config, name)!r}" for name in shown)
+            values = ", ".join(f"{one} = {_field(config, one)!r}" for one in shown)
             raise BadInput(f"config values contradict: {wrong}", values)
     return config
 
 
 def to_hub_config(config: ModelConfig) -> dict[str, Any]:
     """The Hub-style config.json content that ``read_config`` reads back into an equal ModelConfig."""
-    architecture, table = FAMILIES[config.family]
-    dense = config.num_layers - len(config.moe_layers)
-    if config.moe_layers != tuple(range(dense, config.num_layers)):
-        raise NotSupported("expert layers must be the last ones to be written", f"moe_layers = {config.moe_layers}")
-    raw: dict[str, Any] = {"architectures": [architecture], "model_type": config.family, "hidden_act": "silu"}
-    for name, key in table.items():
-        raw[name] = dense if name == "first_k_dense_replace" else getattr(config, key.field)
+    family = FAMILIES[config.family]
     eos = list(config.eos_token_ids)
-    raw |= {"eos_token_id": eos if len(eos) > 1 else eos[0] if eos else None, "moe_layer_freq": 1}
-    raw |= {"num_key_value_heads": config.num_heads, "rope_theta": config.rope_theta, "rope_scaling": None}
-    if config.yarn:
-        raw["rope_scaling"] = {key: getattr(config.yarn, one.field) for key, one in YARN.items()} | {"type": "yarn"}
-    if config.fp8:
-        block = [config.fp8.rows, config.fp8.columns]
-        raw["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-        raw["quantization_config"] |= {"weight_block_size": block}
-        raw["quantization_config"] |= {"scale_fmt": "ue8m0"} if config.fp8.power_of_two else {}
+    raw = {"architectures": [family.architecture], "model_type": config.family, "hidden_act": "silu"}
+    raw |= {"eos_token_id": eos if len(eos) > 1 else eos[0] if eos else None} | family.write(config)
+    raw |= {name: _field(config, key.field) for name, key in family.keys.items() if name not in raw}
     return dict(sorted(raw.items()))

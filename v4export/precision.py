@@ -11,8 +11,12 @@ from v4export.errors import BadInput
 #: stay in the activations' type, as DeepSeek's own FP8 checkpoints keep them.
 MATRIX_ROLES = frozenset({"linear", "expert"})
 
-#: Always float32, whatever the precision: the router's correction bias decides near ties.
-FLOAT32_ROLES = frozenset({"router_bias"})
+#: Always float32, whatever the precision: the router's correction bias decides near ties, and what steers
+#: hyper-connections, sinks and pooling is small and stored so.
+FLOAT32_ROLES = frozenset({"router_bias", "hyper", "sink", "position_bias"})
+
+#: Roles whose dtype no precision changes.
+_FIXED = dict.fromkeys(FLOAT32_ROLES, "float32") | {"hash_table": "int64"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class Precision:
         activations: dtype of activations, state, and of every weight that is not in ``matrices``'s format.
         fp8: block format of the matrices, or None where they have the activations' dtype.
         roundoff: unit round-off of the activations' dtype.
-        weight_roundoff: unit round-off of the matrices' dtype.
+        weight_roundoff: unit round-off of the coarsest dtype of a matrix.
+        fp4_experts: experts' matrices are packed E2M1 with a power of two per 32 numbers (OCP MX v1.0, MXFP4).
     """
 
     name: str
@@ -32,11 +37,14 @@ class Precision:
     fp8: Fp8Blocks | None
     roundoff: float
     weight_roundoff: float
+    fp4_experts: bool = False
 
     def weight_dtype(self, role: str) -> str:
         """dtype a weight of this role is stored in."""
-        if role in FLOAT32_ROLES:
-            return "float32"
+        if role in _FIXED:
+            return _FIXED[role]
+        if self.fp4_experts and role == "expert":
+            return "float4_e2m1fn"
         return "float8_e4m3fn" if self.fp8 and role in MATRIX_ROLES else self.activations
 
 
@@ -47,6 +55,7 @@ PRECISIONS = {
         Precision("fp16", "float16", None, 2.0**-11, 2.0**-11),
         Precision("bf16", "bfloat16", None, 2.0**-8, 2.0**-8),
         Precision("fp8", "bfloat16", Fp8Blocks(), 2.0**-8, 2.0**-4),
+        Precision("mxfp4", "bfloat16", Fp8Blocks(), 2.0**-8, 2.0**-2, fp4_experts=True),
     )
 }
 

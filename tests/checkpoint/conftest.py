@@ -15,11 +15,11 @@ from v4export.checkpoint.synth import synth
 
 
 class Damaged:
-    """A copy of a tiny checkpoint in one file, whose tensors can be changed."""
+    """A copy of a tiny checkpoint in one file, whose tensors, by their stored names, can be changed."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.arrays = {name: tensor.read() for name, tensor in Checkpoint.open(directory).tensors.items()}
+        self.arrays = {tensor.name: tensor.read() for tensor in Checkpoint.open(directory).tensors.values()}
 
     def save(self) -> Checkpoint:
         write_safetensors(self.directory / "model.safetensors", self.arrays)

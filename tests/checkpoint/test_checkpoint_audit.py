@@ -22,20 +22,22 @@ NORM = "model.norm.weight"
 BF16 = ml_dtypes.bfloat16
 
 
-@pytest.mark.parametrize("name", ["tiny-kimi-k2", "tiny-v2-lite", "tiny-v3", "tiny-v3.1"])
+@pytest.mark.parametrize("name", [name for name in presets.names() if name.startswith("tiny-")])
 def test_tiny_presets_are_clean(tiny, name):
     checkpoint = Checkpoint.open(tiny[name])
     seen = []
     account = audit(checkpoint, advance=seen.append)
     assert list(account.weights) == list(expected(presets.load(name)))
     assert {*account.used, *account.merged, *account.skipped} == checkpoint.tensors.keys()
+    assert not account.skipped
     assert sum(account.counts.values()) == len(checkpoint.tensors)
     assert sum(seen) == checkpoint.nbytes
     for weight in account.weights.values():
         values = weight.decode()
-        assert values.dtype == np.float32
+        assert values.dtype == (np.int64 if weight.role == "hash_table" else np.float32)
         assert values.shape == weight.shape
-        assert (weight.scale is not None) == (weight.data.dtype == "F8_E4M3")
+        assert (weight.scale is not None) == (weight.data.dtype in ("F8_E4M3", "I8"))
+        assert weight.packed == (weight.data.dtype == "I8")
 
 
 def test_summary(copy):
@@ -88,7 +90,7 @@ def poison(name, value, at=-1):
         (set_item(NORM, np.ones(160, np.int32)), "wrong dtype: model.norm.weight: expected BF16 or .*, found I32"),
         (set_item(NORM, np.ones(160, ml_dtypes.float8_e4m3fn)), "wrong dtype: model.norm.weight"),
         (drop(EXPERT + "_scale_inv"), f"1 FP8 without their scale: {EXPERT}"),
-        (set_item(EXPERT, np.ones((48, 160), BF16)), f"1 not FP8 and have a scale: {EXPERT} is BF16"),
+        (set_item(EXPERT, np.ones((48, 160), BF16)), f"1 not quantised and have a scale: {EXPERT} is BF16"),
         (set_item(EXPERT + "_scale_inv", np.ones((2, 2), np.float32)), r"scale_inv: expected \[1, 2\], found \[2, 2\]"),
         (set_item(EXPERT + "_scale_inv", np.ones((1, 2), np.float16)), "scale_inv: expected F32 or .*, found F16"),
         (poison("lm_head.weight", np.nan), "1 tensors hold NaN or infinity\n.*lm_head.weight"),
@@ -194,4 +196,4 @@ def test_scan_crosses_windows(tmp_path, monkeypatch):
     write_safetensors(tmp_path / "a.safetensors", {"odd": np.ones(3, np.int8), "x": values, "y": np.ones(5, BF16)})
     seen = []
     assert scan.not_finite(read_header(tmp_path / "a.safetensors")[1].values(), seen.append) == ["x"]
-    assert sum(seen) == 6 * 9 * 4 + 10
+    assert sum(seen) == 3 + 6 * 9 * 4 + 10

@@ -13,7 +13,7 @@ from v4export import presets
 from v4export.checkpoint import synth as module
 from v4export.checkpoint.audit import audit
 from v4export.checkpoint.count import parameter_counts
-from v4export.checkpoint.formats import decode, dequantize_blocks
+from v4export.checkpoint.formats import decode, dequantize_blocks, dequantize_fp4, quantize_fp4
 from v4export.checkpoint.index import INDEX, Checkpoint
 from v4export.checkpoint.synth import synth
 from v4export.config import Fp8Blocks
@@ -82,7 +82,8 @@ def test_fp8(tmp_path):
 def test_the_safetensors_library_reads_it(tiny):
     for directory in tiny.values():
         library = dict(deserialize((directory / "model.safetensors").read_bytes()))
-        for name, tensor in Checkpoint.open(directory).tensors.items():
+        for tensor in Checkpoint.open(directory).tensors.values():
+            name = tensor.name
             assert (library[name]["dtype"], tuple(library[name]["shape"])) == (tensor.dtype, tensor.shape)
             assert library[name]["data"] == tensor.read().tobytes()
             assert tensor.offset % tensor.numpy().dtype.itemsize == 0
@@ -103,17 +104,60 @@ def test_progress_sums_to_the_size(tmp_path):
         assert sum(seen) == checkpoint.nbytes
 
 
-@pytest.mark.parametrize("name", ["tiny-v3.1", "deepseek-v2-lite"])
+@pytest.mark.parametrize("name", ["tiny-v3.1", "tiny-v3.2", "tiny-v4", "tiny-v4-fp4", "deepseek-v2-lite"])
 def test_sparse_takes_no_disk(tmp_path, name):
     config = presets.load(name)
     directory = synth(config, tmp_path / "sparse", sparse=True)
     checkpoint = Checkpoint.open(directory)
     assert sum(os.stat(file).st_blocks * 512 for file in checkpoint.files) < 4_000_000
-    if config.fp8 is None:
+    if name == "deepseek-v2-lite":
         assert checkpoint.nbytes == 2 * parameter_counts(config).total
     seen = []
     assert audit(checkpoint, advance=seen.append).counts["skipped"] == 0
     assert sum(seen) == checkpoint.nbytes
+
+
+def test_v4(tmp_path):
+    config = presets.load("tiny-v4")
+    checkpoint = Checkpoint.open(synth(config, tmp_path / "v4"))
+    values = decoded(checkpoint.directory)
+    assert all(tensor.name.startswith(("layers.", "embed.", "norm.", "head.", "hc_head_"))
+               for tensor in checkpoint.tensors.values())  # fmt: skip
+    layer = "model.layers.1."
+    assert checkpoint.tensors[layer + "self_attn.sinks"].dtype == "F32"
+    assert checkpoint.tensors[layer + "self_attn.compressor.gate_proj.weight"].dtype == "BF16"
+    assert values[layer + "attn_hc.scale"] == pytest.approx(1, abs=0.5)
+    assert values[layer + "attn_hc.base"].std() == pytest.approx(0.5, abs=0.2)
+    assert values[layer + "attn_hc.fn"].std() == pytest.approx(384**-0.5, rel=0.05)
+    assert values[layer + "self_attn.compressor.position_bias"].std() == pytest.approx(1, abs=0.2)
+    table = values[layer + "mlp.gate.tid2eid"]
+    assert table.shape == (320, 2) and {*table.flat} == set(range(8))
+    assert (table[:, 0] != table[:, 1]).all()
+    assert not (table[1:] == table[:-1]).all(axis=1).all()
+
+
+def test_hash_table_in_chunks(tmp_path, monkeypatch):
+    config = presets.load("tiny-v4")
+    first = decoded(synth(config, tmp_path / "a"))
+    monkeypatch.setattr(module, "_CHUNK", 100)
+    assert same(first, decoded(synth(config, tmp_path / "b", shard_bytes=1)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fp4(tmp_path, fused):
+    config = presets.load("tiny-v4-fp4")
+    checkpoint = Checkpoint.open(synth(config, tmp_path / "fp4", fused=fused))
+    values = decoded(checkpoint.directory)
+    plain = decoded(synth(replace(config, fp8=None, fp4_experts=False, dtype="float32"), tmp_path / "plain"))
+    expert, shared = (f"model.layers.2.mlp.{part}.up_proj.weight" for part in ("experts.3", "shared_experts"))
+    weights = audit(checkpoint).weights
+    assert weights[expert].data.dtype == "I8" and weights[expert].data.shape == (64, 48)
+    assert weights[expert].scale.dtype == "F8_E8M0" and weights[expert].scale.shape == (64, 3)
+    assert weights[shared].data.dtype == "F8_E4M3" and weights[shared].scale.dtype == "F8_E8M0"
+    np.testing.assert_array_equal(values[expert], dequantize_fp4(*quantize_fp4(plain[expert])))
+    np.testing.assert_allclose(values[shared], plain[shared], rtol=2**-4, atol=1e-3)
+    kept = "model.layers.1.self_attn.compressor.indexer.scorer.weights_proj.weight"
+    assert weights[kept].data.dtype == "BF16"
 
 
 @pytest.mark.slow

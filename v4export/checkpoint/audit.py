@@ -12,45 +12,80 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from v4export.checkpoint import names
-from v4export.checkpoint.formats import decode, dequantize_blocks, grid
+from v4export.checkpoint.formats import FP4_BLOCK, decode, dequantize_blocks, dequantize_fp4, grid
 from v4export.checkpoint.index import Checkpoint
 from v4export.checkpoint.names import SCALE, Expected
 from v4export.checkpoint.scan import not_finite
 from v4export.checkpoint.tensor import StoredTensor
+from v4export.config import Fp8Blocks, ModelConfig
 from v4export.errors import BadInput, NotSupported
 
 _PLAIN = ("BF16", "F16", "F32")
 _QUANTIZED = "F8_E4M3"
+_PACKED = ("I8", "U8")  # two E2M1 numbers in a byte
 # role -> stored dtypes that are right for it
 DTYPES: dict[str, tuple[str, ...]] = {
     "linear": (*_PLAIN, _QUANTIZED),
-    "expert": (*_PLAIN, _QUANTIZED),
-    "router": _PLAIN,
-    "router_bias": _PLAIN,
-    "norm": _PLAIN,
-    "embedding": _PLAIN,
-    "head": _PLAIN,
-    "bias": _PLAIN,
-}
+    "expert": (*_PLAIN, _QUANTIZED, *_PACKED),
+    "hash_table": ("I64", "I32"),
+} | dict.fromkeys(
+    ("router", "router_bias", "norm", "embedding", "head", "bias", "projection", "hyper", "sink", "position_bias"),
+    _PLAIN,
+)
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """How a quantised weight is stored."""
+
+    dtypes: tuple[str, ...]
+    name: str
+    key: str  # of config.json that says so
+    block: tuple[int, int]  # rows and columns that share a multiplier
+    scale_dtypes: tuple[str, ...]
+    per_item: int = 1  # numbers in a stored item
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the stored tensor of a weight."""
+        return (*shape[:-1], shape[-1] // self.per_item)
+
+
+def _formats(config: ModelConfig) -> tuple[_Format, ...]:
+    fp8 = config.fp8 or Fp8Blocks()
+    return (
+        _Format((_QUANTIZED,), "FP8", "quantization_config", (fp8.rows, fp8.columns), SCALE_DTYPES),
+        _Format(_PACKED, "FP4", "expert_dtype fp4", FP4_BLOCK, ("F8_E8M0",), 2),
+    )
+
+
 _SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor the model needs, and where its bytes are. ``scale`` is there exactly where ``data`` is FP8."""
+    """A tensor the model needs, and where its bytes are. ``scale`` is there exactly where ``data`` is FP8 or FP4."""
 
     name: str  # canonical
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in numbers, of which FP4 data have two a byte
     role: str
     data: StoredTensor
     scale: StoredTensor | None = None
     block: tuple[int, int] = (128, 128)  # rows and columns that share a multiplier
 
+    @property
+    def packed(self) -> bool:
+        """Whether the data are FP4, two numbers in a byte."""
+        return self.scale is not None and self.data.dtype in _PACKED
+
     def decode(self) -> np.ndarray:
-        """The values as float32, dequantised, in memory of their own."""
+        """The values as float32, dequantised, in memory of their own; integers as int64."""
+        if self.role == "hash_table":
+            return self.data.read().astype(np.int64)
         if self.scale is None:
             return decode(self.data.read())
+        if self.packed:
+            return dequantize_fp4(self.data.read(), self.scale.read())
         return dequantize_blocks(self.data.read(), self.scale.read(), self.block)
 
 
@@ -81,6 +116,8 @@ class _Sorting:
 
     checkpoint: Checkpoint
     expected: dict[str, Expected]
+    formats: tuple[_Format, ...]
+    said: tuple[_Format, ...]  # those that the configuration says there are
     weights: dict[str, Weight] = field(default_factory=dict)
     found: set[str] = field(default_factory=set)  # canonical names that something is stored for, right or wrong
     used: list[str] = field(default_factory=list)
@@ -92,26 +129,35 @@ class _Sorting:
 
     def add(self, one: Expected, data: StoredTensor, scale: StoredTensor | None) -> None:
         """Gives a weight its bytes, or notes what is wrong with them."""
-        fp8 = self.checkpoint.config.fp8
-        quantized = data.dtype == _QUANTIZED
-        if data.dtype not in DTYPES[one.role] or (quantized and not fp8):
-            wanted = " or ".join(d for d in DTYPES[one.role] if fp8 or d != _QUANTIZED)
-            note = "" if not quantized or fp8 else " (config.json has no quantization_config)"
-            self.fault("of the wrong dtype", f"{one.name}: expected {wanted}, found {data.dtype}{note}")
-        elif data.shape != one.shape:
-            self.fault("of the wrong shape", f"{one.name}: expected {list(one.shape)}, found {list(data.shape)}")
-        elif quantized and scale is None:
-            self.fault("FP8 without their scale", f"{one.name} has no {one.name}{SCALE}")
-        elif scale is not None and not quantized:
-            self.fault("not FP8 and have a scale", f"{one.name} is {data.dtype}")
-        elif fp8 and scale is not None and scale.dtype not in SCALE_DTYPES:
-            wanted = " or ".join(SCALE_DTYPES)
-            self.fault("of the wrong dtype", f"{scale.name}: expected {wanted}, found {scale.dtype}")
-        elif fp8 and scale is not None and scale.shape != grid(one.shape, (fp8.rows, fp8.columns)):
-            shape = list(grid(one.shape, (fp8.rows, fp8.columns)))
-            self.fault("of the wrong shape", f"{scale.name}: expected {shape}, found {list(scale.shape)}")
-        block = (fp8.rows, fp8.columns) if fp8 else (128, 128)
+        formats = self.formats
+        found = next((f for f in formats if data.dtype in f.dtypes), None)
+        said = found is None or found in self.said
+        shape = found.stored(one.shape) if found else one.shape
+        name = _shown(one.name, data)
+        if data.dtype not in DTYPES[one.role] or not said:
+            others = {dtype for f in formats if f not in self.said for dtype in f.dtypes}
+            wanted = " or ".join(dtype for dtype in DTYPES[one.role] if dtype not in others)
+            note = f" (config.json has no {found.key})" if found and data.dtype in DTYPES[one.role] else ""
+            self.fault("of the wrong dtype", f"{name}: expected {wanted}, found {data.dtype}{note}")
+        elif data.shape != shape:
+            self.fault("of the wrong shape", f"{name}: expected {list(shape)}, found {list(data.shape)}")
+        elif found and scale is None:
+            self.fault(f"{found.name} without their scale", f"{name} has no {one.name}{SCALE}")
+        elif scale is not None and not found:
+            self.fault("not quantised and have a scale", f"{name} is {data.dtype}")
+        elif found and scale is not None:
+            self.check_scale(one, found, scale)
+        block = found.block if found else formats[0].block
         self.weights[one.name] = Weight(one.name, one.shape, one.role, data, scale, block)
+
+    def check_scale(self, one: Expected, found: _Format, scale: StoredTensor) -> None:
+        """Notes what is wrong with multipliers."""
+        name, shape = _shown(one.name + SCALE, scale), grid(one.shape, found.block)
+        if scale.dtype not in found.scale_dtypes:
+            wanted = " or ".join(found.scale_dtypes)
+            self.fault("of the wrong dtype", f"{name}: expected {wanted}, found {scale.dtype}")
+        elif scale.shape != shape:
+            self.fault("of the wrong shape", f"{name}: expected {list(shape)}, found {list(scale.shape)}")
 
     def single(self) -> None:
         """Takes weights that are stored by themselves."""
@@ -122,39 +168,40 @@ class _Sorting:
                 self.add(one, tensors[name], scale)
                 self.found.add(name)
                 self.used.append(name)
-                self.merged += [scale.name] if scale else []
+                self.merged += [name + SCALE] if scale else []
 
     def fused(self) -> None:
         """Cuts fused experts into the canonical ones."""
-        tensors, fp8 = self.checkpoint.tensors, self.checkpoint.config.fp8
+        tensors = self.checkpoint.tensors
         for name, experts in names.fused(self.checkpoint.config).items():
             if name not in tensors:
                 continue
             self.found |= {one.name for pieces in experts for one in pieces}
             data, scale = tensors[name], tensors.get(name + SCALE)
-            rows, columns = sum(one.shape[0] for one in experts[0]), experts[0][0].shape[1]
-            shape = (len(experts), rows, columns)
-            scale_shape = grid(shape, (fp8.rows, fp8.columns)) if fp8 else None
-            if data.shape != shape:
-                self.fault("of the wrong shape", f"{name}: expected {list(shape)}, found {list(data.shape)}")
+            found = next((f for f in self.formats if data.dtype in f.dtypes), None)
+            shape = (len(experts), sum(one.shape[0] for one in experts[0]), experts[0][0].shape[1])
+            stored = found.stored(shape) if found else shape
+            scale_shape = grid(shape, found.block) if found else None
+            if data.shape != stored:
+                self.fault("of the wrong shape", f"{name}: expected {list(stored)}, found {list(data.shape)}")
             elif scale and scale_shape and scale.shape != scale_shape:
-                wanted, found = list(scale_shape), list(scale.shape)
-                self.fault("of the wrong shape", f"{name}{SCALE}: expected {wanted}, found {found}")
-            elif scale and fp8 and any(one.shape[0] % fp8.rows for one in experts[0][:-1]):
+                wanted, there = list(scale_shape), list(scale.shape)
+                self.fault("of the wrong shape", f"{name}{SCALE}: expected {wanted}, found {there}")
+            elif scale and found and any(one.shape[0] % found.block[0] for one in experts[0][:-1]):
                 raise NotSupported(
                     "a fused tensor has FP8 blocks that belong to two projections",
-                    f"{name}: {experts[0][0].shape[0]} rows each, blocks of {fp8.rows}",
+                    f"{name}: {experts[0][0].shape[0]} rows each, blocks of {found.block[0]}",
                     "Store the experts one by one.",
                 )
             else:
                 for e, pieces in enumerate(experts):
-                    self.cut(pieces, data.slice0(e), scale.slice0(e) if scale else None)
-            self.merged += [name, scale.name] if scale else [name]
+                    block = found.block[0] if found else 1
+                    self.cut(pieces, data.slice0(e), scale.slice0(e) if scale else None, block)
+            self.merged += [name, name + SCALE] if scale else [name]
 
-    def cut(self, pieces: list[Expected], data: StoredTensor, scale: StoredTensor | None) -> None:
-        """Cuts one expert's rows into its projections."""
+    def cut(self, pieces: list[Expected], data: StoredTensor, scale: StoredTensor | None, block: int) -> None:
+        """Cuts one expert's rows into its projections; ``block`` rows share a multiplier."""
         at = 0
-        block = self.checkpoint.config.fp8.rows if self.checkpoint.config.fp8 else 1
         for one in pieces:
             stop = at + one.shape[0]
             part = scale.part0(at // block, -(-stop // block)) if scale else None
@@ -168,12 +215,12 @@ class _Sorting:
         """Accounts for what no weight took, and for weights that nothing was found for."""
         taken = {*self.used, *self.merged}
         skipped = {}
-        for name in self.checkpoint.tensors:
+        for name, tensor in self.checkpoint.tensors.items():
             if name in taken:
                 continue
             reason = names.skip_reason(name, self.checkpoint.config)
             if reason is None:
-                self.fault("not part of the model", name)
+                self.fault("not part of the model", _shown(name, tensor))
             else:
                 skipped[name] = reason
         for name in self.expected:
@@ -194,7 +241,10 @@ def audit(checkpoint: Checkpoint, *, scan_values: bool = True, advance: Callable
         BadInput: a tensor is missing, left over, of the wrong shape or dtype, without its scale, or not finite.
         NotSupported: fused FP8 experts whose blocks straddle two projections.
     """
-    sorting = _Sorting(checkpoint, names.expected(checkpoint.config))
+    config = checkpoint.config
+    formats = _formats(config)
+    said = tuple(f for f, there in zip(formats, (config.fp8, config.fp4_experts), strict=True) if there)
+    sorting = _Sorting(checkpoint, names.expected(config), formats, said)
     sorting.single()
     sorting.fused()
     skipped = sorting.rest()
@@ -203,13 +253,31 @@ def audit(checkpoint: Checkpoint, *, scan_values: bool = True, advance: Callable
     if scan_values:
         bad = not_finite(_in_file_order(checkpoint, {*sorting.used, *sorting.merged}), advance)
         if bad:
+            called = {tensor.name: _shown(name, tensor) for name, tensor in checkpoint.tensors.items()}
             raise BadInput(
                 f"{len(bad)} tensors hold NaN or infinity",
-                ", ".join(bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else ""),
+                ", ".join(called[name] for name in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else ""),
                 f"{checkpoint.directory} is damaged or was trained to divergence; download it again.",
             )
+        _check_tables(sorting.weights, config.num_experts)
     weights = {name: sorting.weights[name] for name in sorting.expected}
     return Audit(weights, tuple(sorting.used), tuple(sorting.merged), skipped)
+
+
+def _check_tables(weights: dict[str, Weight], experts: int) -> None:
+    for weight in weights.values():
+        if weight.role == "hash_table":
+            table = weight.decode()
+            if table.min() < 0 or table.max() >= experts:
+                raise BadInput(
+                    "a table routes tokens to experts that do not exist",
+                    f"{weight.name} has {table.min()} to {table.max()}, experts are 0 to {experts - 1}",
+                )
+
+
+def _shown(name: str, tensor: StoredTensor) -> str:
+    """A name, and the stored one where that is another."""
+    return name if tensor.name == name else f"{name} (stored as {tensor.name})"
 
 
 def _in_file_order(checkpoint: Checkpoint, wanted: set[str]) -> Iterator[StoredTensor]:

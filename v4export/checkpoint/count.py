@@ -18,29 +18,31 @@ class ParameterCounts:
     by_part: dict[str, int]
 
 
-# role -> part; linear layers are told apart by their name
+# role -> part; others are told apart by their name
 _PARTS = {
     "embedding": "embedding",
     "head": "head",
     "norm": "norms",
     "router": "router",
     "expert": "routed_experts",
+    "hyper": "hyper_connections",
 }
-_LINEAR_PARTS = {".self_attn.": "attention", ".shared_experts.": "shared_experts", ".mlp.": "dense_mlp"}
+_BUFFERS = {"router_bias", "hash_table"}
+_NAMED_PARTS = {".self_attn.": "attention", ".shared_experts.": "shared_experts", ".mlp.": "dense_mlp"}
 
 
 def _part(one: Expected) -> str:
-    return _PARTS.get(one.role) or next(part for piece, part in _LINEAR_PARTS.items() if piece in one.name)
+    return _PARTS.get(one.role) or next(part for piece, part in _NAMED_PARTS.items() if piece in one.name)
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
-    """Counts as transformers does: router biases are buffers and prediction layers are left out.
+    """Counts as transformers does: router biases and hash tables are buffers and prediction layers are left out.
 
     A token is worked on by everything but the embedding (one row is looked up) and the experts it is not routed to.
     """
     by_part: dict[str, int] = {}
     for one in expected(config).values():
-        if one.role != "router_bias":
+        if one.role not in _BUFFERS:
             by_part[_part(one)] = by_part.get(_part(one), 0) + math.prod(one.shape)
     total = sum(by_part.values())
     experts = by_part.get("routed_experts", 0)

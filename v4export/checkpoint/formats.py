@@ -1,7 +1,10 @@
-"""Stored number formats to and from float32: FP8 E4M3 with one multiplier per block, and every plain float type.
+"""Stored number formats to and from float32: FP8 E4M3 and FP4 E2M1 with a multiplier per block, and plain float types.
 
 A block-scaled weight is ``W[n, k] = float(W8[n, k]) * scale[n // rows, k // columns]``: despite its name
 ``weight_scale_inv`` multiplies. The grid is rounded up, so the last blocks may be narrower.
+
+FP4 weights are stored two in a byte, the even column in its low half, and share a multiplier per row and 32 columns
+(OCP Microscaling Formats v1.0, MXFP4). A multiplier of E8M0, a byte b, is 2 ** (b - 127); 255 is NaN.
 """
 
 from __future__ import annotations
@@ -13,6 +16,15 @@ E4M3_MAX = 448.0
 # Below this a scale would leave too few bits for exact products; 2**-10 of it is what rounds to zero in E4M3.
 _SCALE_MIN = np.float32(2.0**-100)
 _BYTE_TABLES: dict[np.dtype, np.ndarray] = {}
+
+FP4_BLOCK = (1, 32)  # rows and columns that share a multiplier
+E2M1_MAX = 6.0
+# Halves of 6 and the next value there would be: what is above this would be nearer to 8, and is cut off.
+_E2M1_LIMIT = np.float32(7.0)
+_E8M0_EXPONENTS = (-127, 127)
+_HALF_BYTES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+# [256, 2]: the two values of a byte, in the order of their columns
+_PAIRS = np.stack([np.tile(_HALF_BYTES, 16), np.repeat(_HALF_BYTES, 16)], axis=1)
 
 
 def decode(array: np.ndarray) -> np.ndarray:
@@ -75,3 +87,43 @@ def _multiplier(peak: np.ndarray, power_of_two: bool) -> np.ndarray:
     kept = np.where(mantissa > 0.5, 1.0, 0.5) if power_of_two else np.floor(mantissa * 2.0**20) / 2.0**20
     scale = np.ldexp(kept.astype(np.float32), exponent)
     return np.where(peak <= _SCALE_MIN * 2.0**-10, np.float32(1), scale)
+
+
+def dequantize_fp4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Float32 [N, K] of packed E2M1 bytes [N, K / 2] and multipliers [N, K / 32] (E8M0, bfloat16 or float32).
+
+    Raises:
+        ValueError: the multipliers are not on the weight's grid.
+    """
+    n, half = packed.shape
+    if scale.shape != (n, half // 16) or half % 16:
+        raise ValueError(f"scale {scale.shape}, expected {(n, half // 16)} for {packed.shape} bytes of two FP4 numbers")
+    values = _PAIRS[packed.view(np.uint8)].reshape(n, half // 16, FP4_BLOCK[1])
+    values *= decode(scale)[:, :, None]
+    return values.reshape(n, 2 * half)
+
+
+def quantize_fp4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Packed E2M1 bytes uint8 [N, K / 2] and float32 multipliers [N, K / 32] of a finite float32 weight [N, K].
+
+    A multiplier is the least power of two that E8M0 has and that leaves the block's maximum at most 7, which still
+    rounds to 6; so the largest number of a block becomes 4 or 6, and quantising what was dequantised gives the same
+    bits. Numbers are rounded to the nearest, and to the even one of two. A block that is zero, or rounds to it, has
+    multiplier 1.
+
+    Raises:
+        ValueError: K is not a multiple of 32.
+    """
+    n, k = w.shape
+    if k % FP4_BLOCK[1]:
+        raise ValueError(f"{k} columns, expected a multiple of {FP4_BLOCK[1]}")
+    blocks = w.reshape(n, -1, FP4_BLOCK[1])
+    peak = np.abs(blocks).max(axis=2)
+    mantissa, exponent = np.frexp(peak / _E2M1_LIMIT)
+    # frexp's mantissa is in [0.5, 1): exactly 0.5 is a power of two already.
+    exponent = np.clip(np.where(mantissa > 0.5, exponent, exponent - 1), *_E8M0_EXPONENTS)
+    exponent = np.where(peak > 2.0 ** (_E8M0_EXPONENTS[0] - 2), exponent, 0)
+    scale = np.ldexp(np.float32(1), exponent)
+    scaled = np.clip(np.ldexp(blocks, -exponent[:, :, None]), -E2M1_MAX, E2M1_MAX)
+    halves = scaled.reshape(n, k).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+    return halves[:, ::2] | halves[:, 1::2] << 4, scale

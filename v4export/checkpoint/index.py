@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from v4export.checkpoint.aliases import by_canonical_name
 from v4export.checkpoint.tensor import StoredTensor, read_header
 from v4export.config import ModelConfig
 from v4export.config_readers import read_config
@@ -34,7 +35,7 @@ class Checkpoint:
     directory: Path
     config: ModelConfig
     config_json: dict[str, Any]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, StoredTensor]  # by the names of the vocabulary where it has one; each knows its stored name
     files: tuple[Path, ...]
     header_hash: str  # sha256 over every file's name, size and safetensors header
     tokenizer_files: tuple[Path, ...]
@@ -75,6 +76,7 @@ class Checkpoint:
             tensors |= found
         _compare(directory, weight_map, tensors)
         config_json = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        tensors = by_canonical_name(config, tensors)
         text = tuple(directory / name for name in TOKENIZER_FILES if (directory / name).is_file())
         return Checkpoint(directory, config, config_json, tensors, files, digest.hexdigest(), text)
 

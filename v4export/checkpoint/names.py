@@ -1,8 +1,9 @@
-"""The checkpoint vocabulary: the Hub's tensor names, experts one by one, with shapes as functions of the configuration.
+"""The checkpoint vocabulary: a name for every tensor, experts one by one, shapes as functions of the configuration.
 
-Each table has two columns: a name, and (shape, role). Names are in reading order, as the data flows. Checkpoints that
-store a layer's experts as one fused tensor are cut into this vocabulary; what a checkpoint may have beyond it is listed
-with the reason it is not needed.
+The names are the Hub's, or for DeepSeek-V4 those of transformers' modules (``names_v4.py``, ``aliases.py``). Each table
+has two columns: a name, and (shape, role). Names are in reading order, as the data flows. Checkpoints that store a
+layer's experts as one fused tensor are cut into this vocabulary; what a checkpoint may have beyond it is listed with
+the reason it is not needed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from v4export.config import ModelConfig
+from v4export.checkpoint import names_v4
+from v4export.config import Indexer, ModelConfig
 
 Shape = Callable[[ModelConfig], tuple[int, ...]]
 Table = dict[str, tuple[Shape, str]]
@@ -21,7 +23,11 @@ SCALE = "_scale_inv"  # what an FP8 weight's name is followed by for its multipl
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A tensor a model needs. Role: linear, expert, router, router_bias, norm, embedding, head or bias."""
+    """A tensor a model needs.
+
+    Role: linear, expert, router, router_bias, norm, embedding, head or bias; projection, a matrix that is never
+    quantised; hyper, sink or position_bias, which are small and float32; hash_table, of integers.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -70,6 +76,17 @@ SHARED: Table = {
     "mlp.shared_experts.down_proj.weight": (lambda c: (c.hidden_size, _shared_width(c)), "linear"),
 }
 
+INDEXER: Table = {
+    "self_attn.indexer.wq_b.weight": (
+        lambda c: (_index(c).num_heads * _index(c).head_dim, c.q_lora_rank or 0),
+        "linear",
+    ),
+    "self_attn.indexer.wk.weight": (lambda c: (_index(c).head_dim, c.hidden_size), "linear"),
+    "self_attn.indexer.k_norm.weight": (lambda c: (_index(c).head_dim,), "norm"),
+    "self_attn.indexer.k_norm.bias": (lambda c: (_index(c).head_dim,), "norm"),
+    "self_attn.indexer.weights_proj.weight": (lambda c: (_index(c).num_heads, c.hidden_size), "projection"),
+}
+
 # A fused tensor [E, ...], and which of an expert's projections lie in it one after another along the next axis.
 FUSED: dict[str, tuple[str, ...]] = {
     "mlp.experts.gate_up_proj": ("gate_proj", "up_proj"),
@@ -79,11 +96,12 @@ FUSED: dict[str, tuple[str, ...]] = {
 # What a checkpoint may hold beyond the vocabulary, and why that is not needed.
 SKIPS: dict[str, str] = {
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "rotary frequencies are computed from the configuration",
-    r"model\.rotary_emb\.(original_)?inv_freq": "rotary frequencies are computed from the configuration",
+    r"model\.rotary_emb\.(\w+_)?inv_freq": "rotary frequencies are computed from the configuration",
 }
 TIED = "tied to the embedding"
 LEFT_OUT = "in a layer left out with --layers"
 MTP = "multi-token prediction layer, used for drafting only"
+V4_STAGE = "prediction stage (MTP or DSpark), used for drafting only"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -91,12 +109,26 @@ def _shared_width(config: ModelConfig) -> int:
     return config.num_shared_experts * config.moe_intermediate_size
 
 
+def _index(config: ModelConfig) -> Indexer:
+    assert config.indexer is not None
+    return config.indexer
+
+
 def layer_tables(config: ModelConfig, layer: int) -> list[Table]:
     """The tables of one layer, in reading order; names are relative to ``model.layers.{layer}.``."""
-    tables = [ATTENTION_NORM, QUERY_LOW_RANK if config.q_lora_rank else QUERY, KEY_VALUE, FEED_FORWARD_NORM]
+    if config.compressed:
+        attention = names_v4.attention_tables(config.compressed.layers[layer])
+    else:
+        attention = [QUERY_LOW_RANK if config.q_lora_rank else QUERY, KEY_VALUE, *([INDEXER] if config.indexer else [])]
+    streams = config.hyper is not None
+    before, between = (names_v4.ATTENTION_STREAMS, names_v4.FEED_FORWARD_STREAMS) if streams else ({}, {})
+    tables = [before, ATTENTION_NORM, *attention, between, FEED_FORWARD_NORM]
     if not config.is_moe(layer):
         return [*tables, DENSE]
-    router = [ROUTER, ROUTER_BIAS] if config.topk_method == "noaux_tc" else [ROUTER]
+    if layer in config.hash_layers:
+        router = [ROUTER, names_v4.HASH_TABLE]
+    else:
+        router = [ROUTER, ROUTER_BIAS] if config.topk_method == "noaux_tc" else [ROUTER]
     return [*tables, *router, EXPERT, *([SHARED] if config.num_shared_experts else [])]
 
 
@@ -117,6 +149,8 @@ def expected(config: ModelConfig) -> dict[str, Expected]:
     for layer in range(config.num_layers):
         for table in layer_tables(config, layer):
             found += _fill(config, table, f"model.layers.{layer}.")
+    if config.hyper:
+        found += _fill(config, names_v4.HEAD_STREAMS)
     found += _fill(config, FINAL_NORM)
     if not config.tie_word_embeddings:
         found += _fill(config, HEAD)
@@ -143,6 +177,8 @@ def skip_reason(name: str, config: ModelConfig) -> str | None:
     """Why a stored tensor is not needed, or None where no reason is known."""
     if config.tie_word_embeddings and name in (HEAD.keys() | {key + SCALE for key in HEAD}):
         return TIED
+    if config.compressed and name.startswith("mtp."):
+        return V4_STAGE
     layer = _LAYER.match(name)
     if layer and 0 <= int(layer[1]) - config.num_layers < config.left_out_layers:
         return LEFT_OUT

@@ -29,13 +29,19 @@ NOT_FINITE: dict[str, tuple[type[np.unsignedinteger], int, int]] = {
 
 
 def not_finite(tensors: Iterable[StoredTensor], advance: Callable[[float], None] | None = None) -> list[str]:
-    """Names of the tensors with a NaN or an infinity, in the order given. ``advance`` gets the bytes just looked at."""
+    """Names of the tensors with a NaN or an infinity, in the order given.
+
+    ``advance`` gets the bytes just looked at, and those of integers, which need no look.
+    """
     buffer = bytearray(WINDOW)
     found = []
     for file, group in itertools.groupby(tensors, key=lambda tensor: tensor.file):
         with file.open("rb", buffering=0) as stream:
             for tensor in group:
-                if tensor.dtype in NOT_FINITE and _has_bad_value(stream.fileno(), tensor, buffer, advance):
+                if tensor.dtype not in NOT_FINITE:
+                    if advance:
+                        advance(tensor.nbytes)
+                elif _has_bad_value(stream.fileno(), tensor, buffer, advance):
                     found.append(tensor.name)
     return found
 

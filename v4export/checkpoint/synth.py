@@ -1,8 +1,9 @@
 """Writes a Hub-format checkpoint of any configuration, with random weights or with none.
 
-Values are drawn so that activations stay near 1. Each weight's come from its own generator, seeded by its name, so they
-do not depend on the order of writing, on sharding, or on whether experts are fused. Tensors are written a few rows at a
-time; a sparse checkpoint has the real sizes and holes in place of bytes.
+DeepSeek-V4 is written in DeepSeek's own names, as the Hub has it. Values are drawn so that activations stay near 1.
+Each weight's come from its own generator, seeded by its name, so they do not depend on the order of writing, on
+sharding, or on whether experts are fused. Tensors are written a few rows at a time; a sparse checkpoint has the real
+sizes and holes in place of bytes.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from pathlib import Path
 import numpy as np
 
 from v4export.checkpoint import names
+from v4export.checkpoint.aliases import native
 from v4export.checkpoint.byte_tokenizer import write_tokenizer
-from v4export.checkpoint.formats import grid, quantize_blocks
+from v4export.checkpoint.formats import FP4_BLOCK, grid, quantize_blocks, quantize_fp4
 from v4export.checkpoint.index import INDEX
 from v4export.checkpoint.names import SCALE, Expected
 from v4export.checkpoint.tensor import DTYPES
-from v4export.config import Fp8Blocks, ModelConfig
+from v4export.config import ModelConfig
 from v4export.config_readers import to_hub_config
 from v4export.errors import BadInput, NotEnough, NotSupported
+from v4export.precision import FLOAT32_ROLES, MATRIX_ROLES
 
 SHARD_BYTES = 5_000_000_000
 _CHUNK = 1 << 22  # elements drawn at a time
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_QUANTIZED_ROLES = {"linear", "expert"}
+_FIXED = dict.fromkeys(FLOAT32_ROLES, "F32") | {"hash_table": "I64"}
 
 # role -> (mean, standard deviation given the fan-in)
 DRAWN: dict[str, tuple[float, Callable[[int], float]]] = {
@@ -43,7 +46,48 @@ DRAWN: dict[str, tuple[float, Callable[[int], float]]] = {
     "norm": (1.0, lambda fan_in: 0.1),
     "bias": (0.0, lambda fan_in: 0.1),
     "router_bias": (0.0, lambda fan_in: 0.05),
+    "projection": (0.0, lambda fan_in: fan_in**-0.5),
+    "hyper": (0.0, lambda fan_in: fan_in**-0.5),
+    "sink": (0.0, lambda fan_in: 1.0),
+    "position_bias": (0.0, lambda fan_in: 1.0),
 }
+# Last part of a name -> the same, where a role has several sorts of tensor.
+_DRAWN_BY_NAME: dict[str, tuple[float, Callable[[int], float]]] = {
+    "bias": (0.0, lambda fan_in: 0.1),
+    "base": (0.0, lambda fan_in: 0.5),
+    "hc_base": (0.0, lambda fan_in: 0.5),
+    "scale": (1.0, lambda fan_in: 0.1),
+    "hc_scale": (1.0, lambda fan_in: 0.1),
+}
+
+Quantize = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How a weight is quantised: stored dtypes, numbers in an item, rows and columns that share a multiplier."""
+
+    dtype: str
+    scale_dtype: str
+    per_item: int
+    block: tuple[int, int]
+    quantize: Quantize
+
+
+def _format(config: ModelConfig, role: str) -> _Format | None:
+    """The format of a role's weights, or None where they are not quantised."""
+    if role == "expert" and config.fp4_experts:
+        return _Format("I8", "F8_E8M0", 2, FP4_BLOCK, quantize_fp4)
+    fp8 = config.fp8
+    if fp8 is None or role not in MATRIX_ROLES:
+        return None
+    # DeepSeek-V4 stores a power of two as its exponent, the releases before it as float32.
+    scale_dtype = "F8_E8M0" if fp8.power_of_two and config.compressed else "F32"
+
+    def quantize(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return quantize_blocks(rows, fp8.rows, fp8.columns, fp8.power_of_two)
+
+    return _Format("F8_E4M3", scale_dtype, 1, (fp8.rows, fp8.columns), quantize)
 
 
 @dataclass(frozen=True)
@@ -54,6 +98,7 @@ class _Planned:
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Expected, ...]
+    quantized: _Format | None = None
     is_scale: bool = False
 
     @property
@@ -76,19 +121,22 @@ def _plan(config: ModelConfig, fused: bool) -> Iterator[_Planned]:
             experts = fusing[name]
             pieces = tuple(piece for expert in experts for piece in expert)
             shape = (len(experts), sum(piece.shape[0] for piece in experts[0]), one.shape[1])
-        if not config.fp8 or one.role not in _QUANTIZED_ROLES:
-            dtype = "F32" if one.role == "router_bias" else _STORED[config.dtype]
-            yield _Planned(name, dtype, shape, pieces)
+        stored = native(name) if config.compressed else name
+        quantized = _format(config, one.role)
+        if quantized is None:
+            yield _Planned(stored, _FIXED.get(one.role, _STORED[config.dtype]), shape, pieces)
             continue
-        block = (config.fp8.rows, config.fp8.columns)
+        block = quantized.block
         if len(shape) == 3 and any(piece.shape[0] % block[0] for piece in experts[0][:-1]):
             raise NotSupported(
                 "fused FP8 experts need projections of whole blocks",
                 f"{one.shape[0]} rows each, blocks of {block[0]}",
                 "Write the experts one by one.",
             )
-        yield _Planned(name, "F8_E4M3", shape, pieces)
-        yield _Planned(name + SCALE, "F32", grid(shape, block), pieces, is_scale=True)
+        items = (*shape[:-1], shape[-1] // quantized.per_item)
+        scale = native(name + SCALE) if config.compressed else name + SCALE
+        yield _Planned(stored, quantized.dtype, items, pieces, quantized)
+        yield _Planned(scale, quantized.scale_dtype, grid(shape, block), pieces, quantized, is_scale=True)
 
 
 def _shards(plan: Iterator[_Planned], limit: int) -> list[list[_Planned]]:
@@ -100,13 +148,14 @@ def _shards(plan: Iterator[_Planned], limit: int) -> list[list[_Planned]]:
             size = 0
         shards[-1].append(planned)
         size += planned.nbytes
-    return shards
+    # Wide items first, as the format's own library does, so that each lies at a multiple of its size.
+    return [sorted(shard, key=lambda p: 0 if p.quantized else -DTYPES[p.dtype].itemsize) for shard in shards]
 
 
 def _rows(one: Expected, seed: int, multiple: int) -> Iterator[np.ndarray]:
     """The weight as float32, a few rows at a time, a multiple of ``multiple`` but for the last."""
-    mean, deviation = DRAWN[one.role]
-    rng = np.random.default_rng([seed, *hashlib.sha256(one.name.encode()).digest()])
+    mean, deviation = _DRAWN_BY_NAME.get(one.name.rsplit(".", 1)[-1], DRAWN[one.role])
+    rng = _generator(one, seed)
     columns = math.prod(one.shape[1:])
     step = max(1, _CHUNK // (columns * multiple)) * multiple
     for start in range(0, one.shape[0], step):
@@ -116,27 +165,42 @@ def _rows(one: Expected, seed: int, multiple: int) -> Iterator[np.ndarray]:
         yield values
 
 
-def _chunks(shard: list[_Planned], fp8: Fp8Blocks | None, seed: int) -> Iterator[np.ndarray]:
+def _hash_rows(one: Expected, experts: int, seed: int) -> Iterator[np.ndarray]:
+    """For each token id, distinct experts: the places of the least of random numbers."""
+    rng = _generator(one, seed)
+    step = max(1, _CHUNK // experts)
+    for start in range(0, one.shape[0], step):
+        values = rng.random((min(step, one.shape[0] - start), experts))
+        yield values.argpartition(one.shape[1] - 1, axis=1)[:, : one.shape[1]].astype(np.int64)
+
+
+def _generator(one: Expected, seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, *hashlib.sha256(one.name.encode()).digest()])
+
+
+def _chunks(shard: list[_Planned], experts: int, seed: int) -> Iterator[np.ndarray]:
     scales: list[np.ndarray] = []
     for planned in shard:
+        dtype = DTYPES[planned.dtype]
         if planned.is_scale:
             # A scale may open a shard, its weight having closed the one before.
-            yield from scales or (s for one in planned.pieces for _, s in _quantized(one, fp8, seed))
+            yield from (s.astype(dtype) for s in scales or (s for _, s in _quantized(planned, seed)))
             scales = []
-            continue
-        for one in planned.pieces:
-            if planned.dtype != "F8_E4M3":
-                yield from (rows.astype(DTYPES[planned.dtype]) for rows in _rows(one, seed, 1))
-                continue
-            for w8, scale in _quantized(one, fp8, seed):
+        elif planned.quantized:
+            for data, scale in _quantized(planned, seed):
                 scales.append(scale)
-                yield w8
+                yield data
+        else:
+            for one in planned.pieces:
+                rows = _hash_rows(one, experts, seed) if one.role == "hash_table" else _rows(one, seed, 1)
+                yield from (some.astype(dtype) for some in rows)
 
 
-def _quantized(one: Expected, fp8: Fp8Blocks | None, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    assert fp8 is not None
-    for rows in _rows(one, seed, fp8.rows):
-        yield quantize_blocks(rows, fp8.rows, fp8.columns, fp8.power_of_two)
+def _quantized(planned: _Planned, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    assert planned.quantized is not None
+    for one in planned.pieces:
+        for rows in _rows(one, seed, planned.quantized.block[0]):
+            yield planned.quantized.quantize(rows)
 
 
 def _write_shard(
@@ -190,10 +254,10 @@ def synth(
     """Writes a checkpoint; the directory appears whole or not at all.
 
     Args:
-        config: what to write; its linear layers are FP8 where it has ``fp8``.
+        config: what to write; its linear layers are FP8 where it has ``fp8``, its experts FP4 where it says so.
         directory: must not exist.
         seed: same seed, same values.
-        dtype: of the tensors that are not FP8: bfloat16, float16 or float32; the configuration's own by default.
+        dtype: of the tensors that are not quantised: bfloat16, float16 or float32; the configuration's own by default.
         sparse: write holes in place of values: real sizes, no disk.
         shard_bytes: files are kept below this where a single tensor is not larger.
         fused: store a layer's experts as two tensors in place of three an expert.
@@ -245,7 +309,7 @@ def _fill(
         numbered = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         name = numbered if len(shards) > 1 else "model.safetensors"
         weight_map |= {planned.name: name for planned in shard}
-        chunks = None if seed is None else _chunks(shard, config.fp8, seed)
+        chunks = None if seed is None else _chunks(shard, config.num_experts, seed)
         _write_shard(folder / name, shard, chunks, advance)
     if len(shards) > 1:
         total = sum(planned.nbytes for shard in shards for planned in shard)

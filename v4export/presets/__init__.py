@@ -1,7 +1,7 @@
 """Configurations by name: the published config.json of released models, and a tiny one of each family.
 
-The tiny ones keep what is odd about their family (no query low rank, groups, YaRN, FP8 blocks) at a size that runs
-anywhere; their widths are not multiples of an FP8 block, as a released model's need not be.
+The tiny ones keep what is odd about their family (no query low rank, groups, YaRN, FP8 blocks, kinds of layer) at a
+size that runs anywhere; their widths are not multiples of an FP8 block, as a released model's need not be.
 """
 
 from __future__ import annotations

@@ -1,0 +1,123 @@
+"""What checkpoints call the tensors of the vocabulary: DeepSeek-V4's own names, and those transformers saves.
+
+Two columns: stored, canonical. DeepSeek writes the left one; transformers writes it below ``model.`` for a layer, with
+the canonical names around the layers. ``.scale`` is the multipliers of the ``.weight`` beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from v4export.checkpoint.names import SCALE
+from v4export.checkpoint.tensor import StoredTensor
+from v4export.config import ModelConfig
+from v4export.errors import BadInput
+
+_TOP = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+    "hc_head_fn": "model.hc_head.hc_fn",
+    "hc_head_base": "model.hc_head.hc_base",
+    "hc_head_scale": "model.hc_head.hc_scale",
+}
+# Below layers.{i}. and model.layers.{i}.
+_LAYER = {
+    "hc_attn_fn": "attn_hc.fn",
+    "hc_attn_base": "attn_hc.base",
+    "hc_attn_scale": "attn_hc.scale",
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn.attn_sink": "self_attn.sinks",
+    "attn.wq_a.weight": "self_attn.q_a_proj.weight",
+    "attn.q_norm.weight": "self_attn.q_a_norm.weight",
+    "attn.wq_b.weight": "self_attn.q_b_proj.weight",
+    "attn.wkv.weight": "self_attn.kv_proj.weight",
+    "attn.kv_norm.weight": "self_attn.kv_norm.weight",
+    "attn.wo_a.weight": "self_attn.o_a_proj.weight",
+    "attn.wo_b.weight": "self_attn.o_b_proj.weight",
+    "attn.compressor.wkv.weight": "self_attn.compressor.kv_proj.weight",
+    "attn.compressor.wgate.weight": "self_attn.compressor.gate_proj.weight",
+    "attn.compressor.ape": "self_attn.compressor.position_bias",
+    "attn.compressor.norm.weight": "self_attn.compressor.kv_norm.weight",
+    "attn.indexer.wq_b.weight": "self_attn.compressor.indexer.q_b_proj.weight",
+    "attn.indexer.weights_proj.weight": "self_attn.compressor.indexer.scorer.weights_proj.weight",
+    "attn.indexer.compressor.wkv.weight": "self_attn.compressor.indexer.kv_proj.weight",
+    "attn.indexer.compressor.wgate.weight": "self_attn.compressor.indexer.gate_proj.weight",
+    "attn.indexer.compressor.ape": "self_attn.compressor.indexer.position_bias",
+    "attn.indexer.compressor.norm.weight": "self_attn.compressor.indexer.kv_norm.weight",
+    "hc_ffn_fn": "ffn_hc.fn",
+    "hc_ffn_base": "ffn_hc.base",
+    "hc_ffn_scale": "ffn_hc.scale",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn.gate.weight": "mlp.gate.weight",
+    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.gate.tid2eid": "mlp.gate.tid2eid",
+    "ffn.experts.{e}.w1.weight": "mlp.experts.{e}.gate_proj.weight",
+    "ffn.experts.{e}.w2.weight": "mlp.experts.{e}.down_proj.weight",
+    "ffn.experts.{e}.w3.weight": "mlp.experts.{e}.up_proj.weight",
+    "ffn.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
+    "ffn.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
+    "ffn.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
+}
+# transformers' conversion back to DeepSeek's names shortens every kv_norm.
+_ALSO = {"attn.norm.weight": "self_attn.kv_norm.weight"}
+
+_READ = _LAYER | _ALSO
+_WRITTEN = {canonical: stored for stored, canonical in (_TOP | _LAYER).items()}
+_STORED_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
+_CANONICAL_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+
+
+def _renamed(leaf: str, table: Mapping[str, str]) -> str | None:
+    """The table's right column for a name, an expert's number standing for ``{e}``."""
+    expert = _EXPERT.search(leaf)
+    found = table.get(_EXPERT.sub("{e}", leaf, count=1))
+    return found.replace("{e}", expert[0]) if found and expert else found
+
+
+def _canonical(name: str) -> str | None:
+    if name in _TOP:
+        return _TOP[name]
+    layer = _STORED_LAYER.fullmatch(name)
+    leaf = _renamed(layer[2], _READ) if layer else None
+    return f"model.layers.{layer[1]}.{leaf}" if layer and leaf else None
+
+
+def canonical(name: str) -> str:
+    """The vocabulary's name for a stored one; a name that is not in the table stays as it is."""
+    for ending, weight in ((".scale", ".weight"), (SCALE, "")):
+        if name.endswith(ending):
+            found = _canonical(name.removesuffix(ending) + weight)
+            if found and found.endswith(".weight"):
+                return found + SCALE
+    return _canonical(name) or name
+
+
+def native(name: str) -> str:
+    """DeepSeek's name for one of the vocabulary; a name that is not in the table stays as it is."""
+    weight = name.removesuffix(SCALE)
+    layer = _CANONICAL_LAYER.fullmatch(weight)
+    leaf = _renamed(layer[2] if layer else weight, _WRITTEN)
+    if leaf is None:
+        return name
+    stored = f"layers.{layer[1]}.{leaf}" if layer else leaf
+    return stored if weight == name else stored.removesuffix(".weight") + ".scale"
+
+
+def by_canonical_name(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Stored tensors by the vocabulary's names; each keeps its stored name.
+
+    Raises:
+        BadInput: two names mean the same tensor.
+    """
+    if config.compressed is None:
+        return dict(tensors)
+    found: dict[str, StoredTensor] = {}
+    for stored, tensor in tensors.items():
+        name = canonical(stored)
+        if name in found:
+            raise BadInput("a tensor is stored under two names", f"{name} is {found[name].name} and {stored}")
+        found[name] = tensor
+    return found

@@ -55,7 +55,7 @@ def function(node: ir.Node) -> ir.Function:
 
     def write(b: Body) -> list[ir.Value]:
         block = b.op("Constant", value_ints=ir.RefAttr("value_ints", "block_shape", ir.AttributeType.INTS))
-        grid = scale
+        grid = b.cast(scale, ir.DataType.FLOAT)
         for axis in (-2, -1):
             size = b.op("Gather", block, b.const([axis]), axis=0)
             length = b.op("Gather", b.op("Shape", w), b.const([axis]), axis=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -42,20 +44,49 @@ def function(node: ir.Node) -> ir.Function:
     logits, bias = ir.val("logits"), ir.val("bias")
 
     def write(b: Body) -> list[ir.Value]:
-        scores = b.op("Softmax", logits, axis=-1) if a["scoring"] == "softmax" else b.op("Sigmoid", logits)
+        scores = expert_scores(b, logits, a["scoring"])
         choice = b.op("Add", scores, bias)
         if a["topk_groups"] < a["num_groups"]:
             choice = _open_groups(b, choice, a)
         _, idx = b.ops("TopK", choice, b.const([a["top_k"]]), outputs=2, axis=-1, largest=1, sorted=1)
-        weights = b.op("GatherElements", scores, idx, axis=1)
-        if a["norm"]:
-            total = b.op("ReduceSum", weights, b.const([-1]), keepdims=1)
-            weights = b.op("Div", weights, b.op("Add", total, b.const(1e-20, np.float32)))
-        weights = b.op("Mul", weights, b.const(a["scale"], np.float32))
+        weights = expert_weights(b, scores, idx, bool(a["norm"]), a["scale"])
         weights.name, idx.name = "weights", "indices"
         return [weights, idx]
 
     return make_function(OP_TYPE, [logits, bias], write, [*ATTRIBUTES, *PLUGIN_HINTS])
+
+
+def expert_scores(b: Body, logits: ir.Value, scoring: str) -> ir.Value:
+    """Scores float32 [M, E] of logits [M, E]."""
+    return _SCORINGS[scoring](b, logits)
+
+
+def expert_weights(b: Body, scores: ir.Value, indices: ir.Value, norm: bool, scale: float) -> ir.Value:
+    """Weights float32 [M, K] of the experts [M, K] that somebody chose."""
+    weights = b.op("GatherElements", scores, indices, axis=1)
+    if norm:
+        total = b.op("ReduceSum", weights, b.const([-1]), keepdims=1)
+        weights = b.op("Div", weights, b.op("Add", total, b.const(1e-20, np.float32)))
+    return b.op("Mul", weights, b.const(scale, np.float32))
+
+
+def _sqrt_softplus(b: Body, logits: ir.Value) -> ir.Value:
+    """The root of max(x, 0) + log(1 + u), u = exp(-|x|).
+
+    There is no Log1p, and onnxruntime's Softplus takes the logarithm of 1 + u, which is 1 for x < -17: the root of that
+    loss is 2e-4. But log(1 + u) is 2 atanh(u / (u + 2)), which loses nothing.
+    """
+    two = b.const(2, np.float32)
+    u = b.op("Exp", b.op("Neg", b.op("Abs", logits)))
+    log1p = b.op("Mul", b.op("Atanh", b.op("Div", u, b.op("Add", u, two))), two)
+    return b.op("Sqrt", b.op("Add", b.op("Relu", logits), log1p))
+
+
+_SCORINGS: dict[str, Callable[[Body, ir.Value], ir.Value]] = {
+    "softmax": lambda b, logits: b.op("Softmax", logits, axis=-1),
+    "sigmoid": lambda b, logits: b.op("Sigmoid", logits),
+    "sqrtsoftplus": _sqrt_softplus,
+}
 
 
 def _open_groups(b: Body, choice: ir.Value, a: dict[str, object]) -> ir.Value:

@@ -8,6 +8,19 @@ import torch
 GROUP_SCORES = ("top2_sum", "max")
 
 
+#: How logits become scores: over all experts (V2), of each by itself (V3), and the same with no upper bound (V4).
+SCORINGS = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": lambda logits: logits.sigmoid(),
+    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
+}
+
+
+def expert_scores(logits_ME: torch.Tensor, scoring: str) -> torch.Tensor:
+    """Scores float32 [M, E]; none is negative."""
+    return SCORINGS[scoring](logits_ME)
+
+
 @torch.library.custom_op("v4::moe_route", mutates_args=())
 def moe_route(
     logits_ME: torch.Tensor,
@@ -26,7 +39,7 @@ def moe_route(
         logits_ME: router outputs, float32 [M, E].
         bias_E: correction added for the choice alone, never for the weight, float32 [E]; zeros where there is none.
         top_k: K.
-        scoring: ``softmax`` over the experts or ``sigmoid`` of each.
+        scoring: a key of ``SCORINGS``.
         num_groups: G; experts are G runs of E/G neighbours.
         topk_groups: how many groups may be chosen from.
         group_score: ``top2_sum`` (V3) or ``max`` (V2).
@@ -36,7 +49,7 @@ def moe_route(
     Returns:
         weights float32 [M, K] and expert indices int64 [M, K], by falling score.
     """
-    scores_ME = logits_ME.softmax(-1) if scoring == "softmax" else logits_ME.sigmoid()
+    scores_ME = expert_scores(logits_ME, scoring)
     choice_ME = scores_ME + bias_E
     if topk_groups < num_groups:
         grouped = choice_ME.unflatten(-1, (num_groups, -1))

@@ -10,6 +10,7 @@ import torch
 
 from v4export.model import Transformer
 from v4export.runtime.onnx import OnnxExecutor
+from v4export.runtime.state import State
 
 
 class Runner(Protocol):
@@ -19,25 +20,28 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """The PyTorch definition; its state is moved about here in the plainest way."""
+    """The PyTorch definition over the runtime's state; what no query may see holds a number that would show."""
 
     def __init__(self, model: Transformer, batch: int) -> None:
-        self.model, self.lengths_B = model, np.zeros(batch, np.int64)
-        self.state = model.empty_state(batch)
+        self.model = model
+        self.state = State.empty(model.config, batch, np.dtype(np.float32), 10_000)
+        for buffer in self.state.buffers:
+            buffer.array[:] = 7.0
 
     def step(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
         B, S = tokens_BS.shape
+        self.state.reserve(S, lengths_B)
+        held = [
+            {name: torch.from_numpy(self.state.held(i, name)) for name in buffers}
+            for i, buffers in enumerate(self.state.layers)
+        ]
         every = torch.arange(S).expand(B, S)
         with torch.no_grad():
-            out = self.model(torch.from_numpy(tokens_BS), torch.from_numpy(self.lengths_B), self.state, every)
-        after = self.lengths_B + lengths_B
-        for layer, (old, new) in enumerate(zip(self.state, out.new_state, strict=True)):
-            rows = torch.full((B, after.max(), old.shape[-1]), 7.0)  # rows beyond a sequence's length must not matter
-            for b, (start, count) in enumerate(zip(self.lengths_B, lengths_B, strict=True)):
-                rows[b, :start] = old[b, :start]
-                rows[b, start : start + count] = new[b, :count]
-            self.state[layer] = rows
-        self.lengths_B = after
+            out = self.model(torch.from_numpy(tokens_BS), torch.from_numpy(self.state.lengths_B), held, every)
+        for i, rows in enumerate(out.rows):
+            for name, new in rows.items():
+                self.state.room(i, name)[:] = new.numpy()
+        self.state.commit(lengths_B)
         return out.logits.numpy()
 
 
@@ -74,3 +78,13 @@ def run_batch(runner: Runner, sequences: Sequence[np.ndarray], chunk: int) -> li
         for b, logits in enumerate(runner.step(tokens, lengths)):
             out[b].append(logits[: lengths[b]])
     return [np.concatenate(one) for one in out]
+
+
+def greedy(executor: OnnxExecutor, prompt: np.ndarray, count: int) -> list[int]:
+    """The tokens of one sequence that follow a prompt, each the likeliest."""
+    state, tokens, out = executor.new_state(), prompt[None], []
+    while len(out) < count:
+        logits = executor.step(tokens, state, logits_at_BQ=np.array([[tokens.shape[1] - 1]]))
+        out.append(int(logits[0, 0].argmax()))
+        tokens = np.array([[out[-1]]])
+    return out

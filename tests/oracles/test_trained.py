@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hub_models import hub_logits
-from runners import OnnxRunner, run_one
+from runners import OnnxRunner, greedy, run_one
 
 from v4export import api
 from v4export.runtime.onnx import OnnxExecutor
@@ -46,17 +46,6 @@ def prompts(trained_checkpoint: Path, hub) -> list[np.ndarray]:
         ids = np.array(tokenizers.Tokenizer.from_file(str(vocabulary)).encode(text.read_text()[:20000]).ids)
         found += [ids[start : start + length] for start, length in ((0, 5), (200, 40), (1000, 128), (2500, 17))]
     return found
-
-
-def greedy(executor: OnnxExecutor, prompt: np.ndarray, count: int) -> list[int]:
-    state, tokens = executor.new_state(), prompt[None]
-    out: list[int] = []
-    while len(out) < count:
-        last = np.array([[tokens.shape[1] - 1]])
-        logits = executor.step(tokens, state, logits_at_BQ=last)
-        out.append(int(logits[0, 0].argmax()))
-        tokens = np.array([[out[-1]]])
-    return out
 
 
 def test_greedy_tokens(hub, executor, prompts):

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import hub_models
-import numpy as np
 import pytest
 import torch
-from hub_models import hub_logits, hub_model, twin, yarn
+from checks import Exported, check, check_sequence, check_unequal, random_ids, reference
+from hub_models import hub_model, twin, yarn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runners import OnnxRunner, TorchRunner, run_batch, run_one
-
-from v4export import api
-from v4export.runtime.onnx import OnnxExecutor
+from runners import TorchRunner, run_one
 
 pytestmark = pytest.mark.slow
-
-#: Largest error allowed, as a part of the largest logit.
-LIMIT = 1e-5
-CHUNKS, SINGLES = (1, 5, 33, 2, 17), 64
-UNEQUAL = (41, 7, 26)
 
 KIMI = {
     "n_routed_experts": 12, "num_experts_per_tok": 4, "routed_scaling_factor": 2.827, "rope_theta": 50000.0,
@@ -74,8 +65,17 @@ V3_CASES: dict[str, dict[str, Any]] = {
     "one head": {"num_attention_heads": 1, "num_key_value_heads": 1},
     "full": {**GROUPS, "attention_bias": True, "rms_norm_eps": 1e-5, "n_shared_experts": 2, **yarn(mscale_all_dim=0.8)},
 }
+V32_CASES: dict[str, dict[str, Any]] = {
+    "few selected": {},
+    "one selected": {"index_topk": 1},
+    "all selected": {"index_topk": 500},
+    "wider index keys": {"index_head_dim": 24, "index_n_heads": 40},
+    "full": {**V3_CASES["full"], "index_topk": 20},
+    "yarn with unequal mscales": {**yarn(mscale=1.0, mscale_all_dim=0.707)},
+}
 CASES = {f"v2 {name}": ("deepseek_v2", changes) for name, changes in V2_CASES.items()}
 CASES |= {f"v3 {name}": ("deepseek_v3", changes) for name, changes in V3_CASES.items()}
+CASES |= {f"v3.2 {name}": ("deepseek_v32", changes) for name, changes in V32_CASES.items()}
 
 #: A set that has every option in it, each export taking seconds.
 EXPORTED = {
@@ -83,42 +83,14 @@ EXPORTED = {
     "v2 full, tied, bias": ("deepseek_v2", {**V2_CASES["full"], "tie_word_embeddings": True, "attention_bias": True}),
     "v3 full": CASES["v3 full"],
     "v3 kimi, no dense layer": ("deepseek_v3", {**KIMI, "first_k_dense_replace": 0}),
+    "v3.2 few selected": CASES["v3.2 few selected"],
+    "v3.2 full": CASES["v3.2 full"],
     "v3 all layers dense, tied": ("deepseek_v3", {"first_k_dense_replace": 3, "tie_word_embeddings": True}),
     "v3 no q_lora, not normalised, unequal mscales": (
         "deepseek_v3",
         {"q_lora_rank": None, "norm_topk_prob": False, **yarn(mscale_all_dim=0.707)},
     ),
 }
-
-
-def random_ids(length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, hub_models.SMALL["vocab_size"], length)
-
-
-def check(ours: np.ndarray, theirs: np.ndarray) -> None:
-    scale = np.abs(theirs).max()
-    assert ours.shape == theirs.shape and scale > 0.5, "logits too small to mean anything"
-    assert np.abs(ours - theirs).max() <= LIMIT * scale
-
-
-def reference(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
-    return hub_logits(model, torch.from_numpy(ids)[None])[0].numpy()
-
-
-def check_sequence(model: torch.nn.Module, runner: Any) -> None:
-    """Ragged chunks and then single tokens equal one pass of transformers."""
-    ids = random_ids(sum(CHUNKS) + SINGLES)
-    check(run_one(runner(1), ids, CHUNKS, SINGLES), reference(model, ids))
-
-
-def check_unequal(model: torch.nn.Module, runner: Any) -> None:
-    """A batch of unequal lengths equals each sequence alone, and transformers."""
-    sequences = [random_ids(length, seed) for seed, length in enumerate(UNEQUAL)]
-    together = run_batch(runner(len(sequences)), sequences, 11)
-    for ids, logits in zip(sequences, together, strict=True):
-        theirs = reference(model, ids)
-        check(logits, theirs)
-        check(logits, run_one(runner(1), ids, [len(ids)], 0))
 
 
 @pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "naive"])
@@ -134,8 +106,8 @@ def test_definition(case, absorbed):
 @st.composite
 def configs(draw) -> tuple[str, dict[str, Any]]:
     """Any valid combination of the options."""
-    family = draw(st.sampled_from(sorted(hub_models.CLASSES)))
-    v3 = family == "deepseek_v3"
+    family = draw(st.sampled_from(["deepseek_v2", "deepseek_v3", "deepseek_v32"]))
+    v3 = family != "deepseek_v2"
     groups, size = draw(st.integers(1, 4)), draw(st.integers(2, 5))
     kept = draw(st.integers(1, groups))
     heads = draw(st.integers(1, 4))
@@ -163,7 +135,11 @@ def configs(draw) -> tuple[str, dict[str, Any]]:
     }
     if v3:
         changes["norm_topk_prob"] = draw(st.booleans())
-    else:
+        changes["first_k_dense_replace"] = min(changes["first_k_dense_replace"], changes["num_hidden_layers"])
+    if family == "deepseek_v32":
+        changes["q_lora_rank"] = draw(st.sampled_from([24, 40]))
+        changes["index_topk"] = draw(st.integers(1, 50))
+    if family == "deepseek_v2":
         changes["topk_method"] = draw(st.sampled_from(["greedy", "group_limited_greedy"]))
     if draw(st.booleans()):
         fast, slow = draw(st.sampled_from([(32.0, 1.0), (1.0, 1.0), (4.0, 2.0)]))
@@ -195,24 +171,10 @@ def test_no_logits_wanted(batch):
     assert out.logits.shape == (batch, 0, hub_models.SMALL["vocab_size"])
 
 
-@dataclass(frozen=True)
-class Exported:
-    model: torch.nn.Module
-    executor: OnnxExecutor
-
-    def runner(self, batch: int) -> OnnxRunner:
-        return OnnxRunner(self.executor, batch)
-
-
 @pytest.fixture(scope="module", params=EXPORTED.values(), ids=EXPORTED)
 def exported(request, tmp_path_factory) -> Exported:
     family, changes = request.param
-    folder = tmp_path_factory.mktemp("exported")
-    model = hub_model(family, 1, **changes)
-    model.save_pretrained(folder / "hub")
-    bundle = api.export(folder / "hub", folder / "out", precision="fp32").bundle
-    executor = OnnxExecutor(bundle.folder, bundle.config, bundle.precision, max_seq_len=bundle.max_seq_len, threads=1)
-    return Exported(model, executor)
+    return Exported(tmp_path_factory.mktemp("exported"), hub_model(family, 1, **changes))
 
 
 def test_exported_sequence(exported):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from engine_of import builds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_node import count, one_node, run
@@ -24,6 +25,8 @@ CASES = {
     "v3, all groups kept": (8, 3, 2, 2, "sigmoid", "top2_sum", True, 2.5),
     "v3 without norm": (16, 4, 4, 2, "sigmoid", "top2_sum", False, 1.0),
     "v3, one chosen": (7, 1, 1, 1, "sigmoid", "top2_sum", True, 2.5),
+    "v4": (16, 6, 1, 1, "sqrtsoftplus", "top2_sum", True, 1.5),
+    "v4 scores in groups": (16, 4, 4, 2, "sqrtsoftplus", "top2_sum", False, 1.0),
 }
 KEYS = ("top_k", "num_groups", "topk_groups", "scoring", "group_score", "norm", "scale")
 
@@ -34,6 +37,8 @@ def by_hand(logits, bias, top_k, scoring, num_groups, topk_groups, group_score, 
     for row in logits.astype(float).tolist():
         if scoring == "sigmoid":
             s = [1 / (1 + math.exp(-v)) for v in row]
+        elif scoring == "sqrtsoftplus":
+            s = [math.sqrt(math.log1p(math.exp(v))) for v in row]
         else:
             total = sum(math.exp(v) for v in row)
             s = [math.exp(v) / total for v in row]
@@ -95,7 +100,7 @@ def test_equation(case, M):
 @st.composite
 def routings(draw):
     size, groups = draw(st.integers(1, 5)), draw(st.integers(1, 5))
-    scoring = draw(st.sampled_from(["softmax", "sigmoid"]))
+    scoring = draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]))
     group_score = "max" if size == 1 else draw(st.sampled_from(["max", "top2_sum"]))
     kept = draw(st.integers(1, groups))
     top_k = draw(st.integers(1, size * kept))
@@ -122,6 +127,15 @@ def test_ties(case):
             assert len({e // (E // groups) for e in row}) <= kept
     # ONNX defines what TopK does with equal values: the lower index first.
     assert indices.tolist() == [list(range(k))] * 3
+
+
+def test_root_of_softplus_keeps_its_precision():
+    """Scores of logits from -60 to 60; float32 has no 1 + exp(-20), and the root would make a visible error of it."""
+    logits = np.linspace(-60, 60, 961, dtype=np.float32)[None]
+    a = arguments((961, 961, 1, 1, "sqrtsoftplus", "top2_sum", False, 1.0))
+    wanted = np.sqrt(np.log1p(np.exp(logits.astype(np.float64))))[:, ::-1]
+    for weights, _ in (eager(logits, np.zeros(961, np.float32), **a), body(logits, np.zeros(961, np.float32), **a)):
+        np.testing.assert_allclose(weights, wanted, rtol=1e-6)
 
 
 def test_two_groups_tie_for_the_last_open_place():
@@ -160,3 +174,10 @@ def test_body_does_not_grow_with_experts():
         a = arguments((E, 4, 4, 2, "sigmoid", "top2_sum", True, 2.5))
         sizes.append(count(one_node("MoeRoute", operands(1, E), outputs=2, **{**a, "norm": 1}), "MoeRoute"))
     assert sizes[0] == sizes[1] < 40
+
+
+@pytest.mark.slow
+def test_tensorrt_rtx_builds_it(tmp_path):
+    a = arguments(CASES["v4"])
+    model = one_node("MoeRoute", operands(3, 16), outputs=2, **{**a, "norm": 1})
+    builds(model, [("M", 16), (16,)], {"M": (1, 8, 64)}, tmp_path)

@@ -27,12 +27,45 @@ NODES = {
         [],
         dict(outputs=2, top_k=1, scoring="sigmoid", num_groups=1, topk_groups=1, group_score="max", norm=1, scale=1.0),
     ),
+    "HashRoute": ([F32, INDICES, INDICES[:, 0]], [], dict(outputs=2, scoring="sqrtsoftplus", norm=1, scale=1.0)),
+    "HyperConnection": (
+        [F32[:, None]],
+        [np.zeros((3, 4), np.float32), F32[0, :3], F32[0, :3]],
+        dict(outputs=3, num_streams=1, iterations=2, eps=1e-6, norm_eps=1e-6),
+    ),
+    "HyperMix": ([F32[:, None], F32, F32[:, :1], F32[:, :1, None]], [], {}),
     "MoeExperts": (
         [F32, F32[:, :1], INDICES],
         [np.zeros((1, 4, 4), np.float32)] * 3,
-        dict(num_experts=1, rows=128, columns=128, fp8=0),
+        dict(num_experts=1, rows=128, columns=128, format="", limit=0.0),
     ),
     "LatentAttention": ([F32[:, None], F32[:, None], F32[:, None], INDICES[:, 0]], [], dict(latent_width=3, scale=1.0)),
+    "SparseLatentAttention": (
+        [F32[:, None], F32[:, None], F32[:, None], INDICES, INDICES[:, 0]],
+        [],
+        dict(latent_width=3, scale=1.0),
+    ),
+    "IndexSelect": (
+        [F32[:, None], F32[:, :1], F32[:, None], F32[:, None], INDICES[:, 0]],
+        [],
+        dict(top_k=1, ratio=4, scale=1.0),
+    ),
+    "WindowAttention": (
+        [F32[:, None], F32[:, None], F32[:, None], INDICES[:, 0], F32[0, :1]],
+        [],
+        dict(scale=1.0),
+    ),
+    "CompressedAttention": (
+        [F32[:, None], *[F32[:, None]] * 4, INDICES[:, 0], F32[0, :1]],
+        [],
+        dict(ratio=4, scale=1.0),
+    ),
+    "SparseAttention": (
+        [F32[:, None], *[F32[:, None]] * 4, INDICES, INDICES[:, 0], F32[0, :1]],
+        [],
+        dict(ratio=4, scale=1.0),
+    ),
+    "CompressTokens": ([F32[:, None], F32[:, None], F32[:1, :2], INDICES[:, 0]], [], dict(ratio=1, halves=1)),
     "TRT_BlockDequantize": ([F32, F32[:1, :1]], [], dict(domain="trt", block_shape=[128, 128], output_dtype=1)),
 }
 

@@ -1,50 +1,46 @@
-"""The whole model: embedding, blocks, head. State goes in and new rows come out; the caller appends them."""
+"""The whole model: embedding, blocks, head. State goes in, new rows come out, and the caller puts them in place."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from v4export.config import Fp8Blocks, ModelConfig
+from v4export.config import ModelConfig
 from v4export.model.block import Block, Embed, Head
+from v4export.model.linear import IN_FLOAT32, Storage
+from v4export.state_contract import state_tensors
 
 
 class Step(NamedTuple):
-    """What one step returns: logits float32 [B, Q, V], and per layer new rows [B, S, W] and hidden states [M, D]."""
+    """What one step returns: logits float32 [B, Q, V], and per layer new rows by name and hidden states."""
 
     logits: torch.Tensor
-    new_state: list[torch.Tensor]
+    rows: list[dict[str, torch.Tensor]]
     hidden: list[torch.Tensor]
 
 
 class Transformer(nn.Module):
-    """A latent-attention decoder (DeepSeek V2 and V3, Kimi-K2)."""
+    """A mixture-of-experts decoder (DeepSeek V2, V3, V3.2 and V4, Kimi-K2)."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: torch.dtype = torch.float32,
-        fp8: Fp8Blocks | None = None,
-        absorbed: bool = True,
-    ):
+    def __init__(self, config: ModelConfig, storage: Storage = IN_FLOAT32, absorbed: bool = True):
         super().__init__()
-        self.config, self.dtype = config, dtype
-        self.embed = Embed(config, dtype)
-        self.layers = nn.ModuleList(Block(config, i, dtype, fp8, absorbed) for i in range(config.num_layers))
-        self.head = Head(config, dtype)
+        self.config, self.storage = config, storage
+        self.embed = Embed(config, storage)
+        self.layers = nn.ModuleList(Block(config, i, storage, absorbed) for i in range(config.num_layers))
+        self.head = Head(config, storage)
 
-    def empty_state(self, batch: int = 1) -> list[torch.Tensor]:
-        """A state that holds no token: per layer [B, 0, W]."""
-        return [torch.empty(batch, 0, self.config.latent_dim, dtype=self.dtype) for _ in self.layers]
+    def empty_state(self, batch: int = 1) -> list[dict[str, torch.Tensor]]:
+        """A state that holds no token: per layer, tensors [B, rows, width] by name."""
+        return [empty_state(self.config, layer, self.storage.dtype, batch) for layer in range(self.config.num_layers)]
 
     def forward(
         self,
         ids_BS: torch.Tensor,
         position_B: torch.Tensor,
-        state: Sequence[torch.Tensor],
+        state: Sequence[Mapping[str, torch.Tensor]],
         logits_at_BQ: torch.Tensor,
     ) -> Step:
         """One step of any length over any number of cached tokens.
@@ -52,13 +48,23 @@ class Transformer(nn.Module):
         Args:
             ids_BS: new tokens; sequences that have fewer are padded on the right.
             position_B: tokens already held by each sequence.
-            state: per layer cached rows [B, T, W], row j being the token at position j.
+            state: per layer, its tensors (``v4export/state_contract.py``) by name.
             logits_at_BQ: which of the S new tokens' logits are wanted.
         """
-        x_MD, cos, sin = self.embed(ids_BS, position_B)
-        new_state, hidden = [], []
-        for layer, cache_BTW in zip(self.layers, state, strict=True):
-            x_MD, new_BSW, _ = layer(x_MD, cos, sin, position_B, cache_BTW)
-            new_state.append(new_BSW)
-            hidden.append(x_MD)
-        return Step(self.head(x_MD, logits_at_BQ), new_state, hidden)
+        x, shared = self.embed.shared(ids_BS, position_B)
+        rows, hidden = [], []
+        for i, (layer, held) in enumerate(zip(self.layers, state, strict=True)):
+            out = layer(x, shared, held)
+            x = out.hidden
+            names = (tensor.name for tensor in state_tensors(self.config, i))
+            rows.append(dict(zip(names, out.rows, strict=True)))
+            hidden.append(x)
+        return Step(self.head(x, logits_at_BQ), rows, hidden)
+
+
+def empty_state(config: ModelConfig, layer: int, dtype: torch.dtype, batch: int = 1) -> dict[str, torch.Tensor]:
+    """One layer's state that holds no token."""
+    return {
+        t.name: torch.zeros(batch, t.ring or 0, t.width, dtype=torch.float32 if t.float32 else dtype)
+        for t in state_tensors(config, layer)
+    }

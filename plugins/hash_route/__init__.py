@@ -1,0 +1,1 @@
+"""The hash_route op."""

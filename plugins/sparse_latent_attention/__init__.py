@@ -1,0 +1,1 @@
+"""The sparse_latent_attention op."""

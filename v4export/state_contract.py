@@ -1,0 +1,95 @@
+"""What each layer remembers between steps: one table that the model, the graph and the runtime go by.
+
+A state tensor is a list of rows. A row stands for one token, or for ``every`` tokens that follow each other, and is
+numbered accordingly. The graph reads rows and returns new ones; who calls it puts them in their places: row n at index
+n, or at ``n % ring`` where only the last ``ring`` rows are kept. So a step copies nothing, and prefill in chunks of any
+length leaves the state that single steps leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from v4export.config import CSA, HCA, ModelConfig
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of a layer's state, [B, rows, width].
+
+    Attributes:
+        name: within its layer.
+        width: of a row.
+        every: tokens that a row stands for. A row is complete, and may be seen, once its last token has come.
+        ring: rows that are kept, or None for all.
+        float32: whatever the type of activations.
+    """
+
+    name: str
+    width: int
+    every: int = 1
+    ring: int | None = None
+    float32: bool = False
+
+    def complete(self, tokens: int) -> int:
+        """Rows that so many tokens complete."""
+        return tokens // self.every
+
+    def returned(self, steps: int) -> int:
+        """New rows that a step of so many tokens returns, the first being that of its first token.
+
+        Enough for every row that the step can complete; those it does not complete are to be dropped.
+        """
+        return -(-steps // self.every)
+
+    @property
+    def held_dim(self) -> int | str:
+        """Size, or name of the dynamic dimension, of the rows a graph reads."""
+        return self.ring or ("T" if self.every == 1 else f"T/{self.every}")
+
+    @property
+    def returned_dim(self) -> str:
+        """Name of the dynamic dimension of the rows a graph returns."""
+        return "S" if self.every == 1 else f"S/{self.every}"
+
+
+def state_tensors(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
+    """The state of one layer."""
+    c, index = config.compressed, config.indexer
+    if c is None:
+        latent = StateTensor("latent", config.latent_dim)
+        return (latent, StateTensor("index_key", index.head_dim)) if index else (latent,)
+    window = StateTensor("window", c.head_dim, ring=c.window)
+    if c.layers[layer] == HCA:
+        return window, *_compressor("entry", "open", c.head_dim, c.hca_ratio, 1)
+    if c.layers[layer] == CSA:
+        assert index is not None
+        keys = _compressor("index_key", "index_open", index.head_dim, c.csa_ratio, 2)
+        return window, *_compressor("entry", "open", c.head_dim, c.csa_ratio, 2), *keys
+    return (window,)
+
+
+def _compressor(entry: str, rows: str, width: int, ratio: int, halves: int) -> tuple[StateTensor, StateTensor]:
+    """Finished entries, and the projections [key | gate] of the tokens that an unfinished one is pooled from.
+
+    With overlap (``halves`` = 2) an entry is pooled from its own tokens' second halves and the first halves of those
+    before, so twice as many tokens are kept.
+    """
+    open_rows = StateTensor(rows, 2 * halves * width, ring=halves * ratio, float32=True)
+    return StateTensor(entry, width, every=ratio), open_rows
+
+
+def _all(config: ModelConfig) -> Iterator[StateTensor]:
+    return (tensor for layer in range(config.num_layers) for tensor in state_tensors(config, layer))
+
+
+def bytes_per_token(config: ModelConfig, itemsize: int = 2) -> float:
+    """Bytes by which a sequence's state grows with each token, the activations' type having ``itemsize`` bytes."""
+    total = sum(t.width * (4 if t.float32 else itemsize) / t.every for t in _all(config) if t.ring is None)
+    return int(total) if total == int(total) else total
+
+
+def fixed_bytes(config: ModelConfig, itemsize: int = 2) -> int:
+    """Bytes of a sequence's state that do not depend on its length."""
+    return sum(t.width * (4 if t.float32 else itemsize) * t.ring for t in _all(config) if t.ring)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from v4export.checkpoint.names import SCALE
 from v4export.config import ModelConfig
 from v4export.errors import NotSupported
 from v4export.graphs.trace import Part
 from v4export.plugins import BY_NODE
 from v4export.plugins.function_body import OPSET
-
-#: Largest number of elements TensorRT takes in one tensor.
-MAX_ELEMENTS = 2**31 - 1
+from v4export.plugins.limits import MAX_ELEMENTS, MAX_TOPK
+from v4export.plugins.moe_experts.onnx import PLAIN
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Lint:
     """What was proved.
 
     Attributes:
-        nodes_per_layer: node count of the dense and of the routed layers. A routed layer has as many nodes as one that
+        nodes_per_layer: node count of each kind of layer. A layer with experts has as many nodes as one that
             was traced with a single expert, so the count does not depend on the number of experts.
         experts_referenced: expert matrices that enter a MoeExperts node, summed over layers.
         bodies: custom ops, each with a portable body.
@@ -49,6 +49,8 @@ def lint(model: ir.Model, config: ModelConfig, parts: Mapping[str, Part]) -> Lin
     if imports[""] != OPSET:
         raise _broken(f"opset {imports['']} where {OPSET} is meant")
     _every_custom_node_has_a_body(model)
+    _few_are_selected(model)
+    _nothing_is_added_by_scattering(model)
     _every_initializer_is_used_and_fits(model)
     return Lint(
         _nodes_per_layer(model, config, parts),
@@ -62,9 +64,33 @@ def walk(nodes: ir.Graph | ir.Function) -> Iterator[ir.Node]:
     yield from ir.traversal.RecursiveGraphIterator(nodes)
 
 
+def _everywhere(model: ir.Model) -> Iterator[ir.Node]:
+    """All nodes, those of bodies included."""
+    for graph in (model.graph, *model.functions.values()):
+        yield from walk(graph)
+
+
+def _few_are_selected(model: ir.Model) -> None:
+    """A custom op that selects has an attribute for it; its body's TopK takes so many, or all where there are fewer."""
+    for node in _everywhere(model):
+        k = node.attributes.get("top_k")
+        if node.domain and k is not None and k.as_int() > MAX_TOPK:
+            raise NotSupported(
+                f"{node.op_type} selects more than TensorRT's TopK can",
+                f"{node.name}: k = {k.as_int()}, at most {MAX_TOPK}",
+                "Give the model a config.json with a smaller index_topk, if its authors allow that.",
+            )
+
+
+def _nothing_is_added_by_scattering(model: ir.Model) -> None:
+    for node in _everywhere(model):
+        reduction = node.attributes.get("reduction")
+        if node.op_type.startswith("Scatter") and reduction is not None and reduction.as_string() != "none":
+            raise _broken(f"{node.name}: {node.op_type} with reduction {reduction.as_string()}, which TensorRT refuses")
+
+
 def _every_custom_node_has_a_body(model: ir.Model) -> None:
-    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for node in (node for graph in graphs for node in walk(graph)):
+    for node in _everywhere(model):
         if node.domain and (node.domain, node.op_type, node.overload) not in model.functions:
             raise _broken(f"{node.name}: {node.domain}::{node.op_type} has no function in the model")
         if node.domain and (node.domain, node.op_type) not in BY_NODE:
@@ -86,7 +112,7 @@ def _nodes_per_layer(model: ir.Model, config: ModelConfig, parts: Mapping[str, P
     experts = Counter(int((n.name or "").split(".")[1]) for n in model.graph if n.op_type == "MoeExperts")
     counts: dict[str, int] = {}
     for layer in range(config.num_layers):
-        kind = "routed" if config.is_moe(layer) else "dense"
+        kind = config.kind(layer)
         counts[kind] = len(parts[kind].graph)
         if by_layer[layer] != counts[kind]:
             raise _broken(f"layer {layer} has {by_layer[layer]} nodes, a {kind} layer with one expert {counts[kind]}")
@@ -96,19 +122,20 @@ def _nodes_per_layer(model: ir.Model, config: ModelConfig, parts: Mapping[str, P
 
 
 def _experts_referenced(model: ir.Model, config: ModelConfig) -> int:
-    """Every expert's three matrices enter their layer's node, each once and in order."""
+    """Every expert's three matrices enter their layer's node, each once and in order, and so do their multipliers."""
     total = 0
     for node in (n for n in model.graph if n.op_type == "MoeExperts"):
         layer = (node.name or "").split(".")[1]
-        names = [v.name for v in node.inputs[3 : 3 + 3 * config.num_experts] if v is not None]
-        wanted = [
+        matrices = [
             f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight"
             for part in ("gate", "up", "down")
             for e in range(config.num_experts)
         ]
-        if names != wanted:
+        scaled = node.attributes["format"].as_string() != PLAIN
+        wanted = matrices + [name + SCALE for name in matrices if scaled]
+        if [v.name for v in node.inputs[3:] if v is not None] != wanted:
             raise _broken(f"layer {layer}: its expert matrices are not all there, in order")
-        total += len(names)
+        total += len(matrices)
     return total
 
 

@@ -11,17 +11,18 @@ from onnx_ir.passes import common
 
 from v4export.graphs.passes.expand_prefill import expand_prefill
 from v4export.graphs.passes.group_experts import group_experts
+from v4export.graphs.passes.unpack_fp4 import unpack_fp4
 from v4export.graphs.passes.widen import NARROW, widen
 from v4export.plugins.block_dequantize.onnx import OP_TYPE as BLOCK_DEQUANTIZE
 
 
 def lower_for_cpu(path: Path) -> ir.Model:
-    """The fast copy: experts as one Gemm each, and attention that expands keys and values for a prompt's chunk."""
+    """The fast copy: each expert over its tokens, and attention that expands keys and values for a prompt's chunk."""
     model = ir.load(path)
     group_experts(model)
     expand_prefill(model)
     if _narrow(model):
-        # One FP8 matrix an expert is thousands of nodes, whose bodies onnxruntime can inline as well.
+        # FP8 matrices are hundreds of nodes, whose bodies onnxruntime can inline as well.
         common.InlinePass(lambda function: function.name != BLOCK_DEQUANTIZE)(model)
     return _carried_in_float32(model)
 
@@ -39,6 +40,7 @@ def _narrow(model: ir.Model) -> bool:
 
 def _carried_in_float32(model: ir.Model) -> ir.Model:
     """Where the graph computes in 16 bits: arithmetic in float32, rounded as the graph rounds. Bodies are inlined."""
+    unpack_fp4(model)
     if _narrow(model):
         common.ShapeInferencePass()(model)
         widen(model)

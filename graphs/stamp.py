@@ -5,6 +5,7 @@ One node for each custom op of each layer, weights as references into files, and
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,34 +14,40 @@ import numpy as np
 import onnx_ir as ir
 
 from v4export.config import ModelConfig
-from v4export.graphs.trace import ACTIVATIONS, Part
+from v4export.graphs.trace import CALLER, STATE, Part
 from v4export.graphs.weights import Placed, numpy_dtype
 from v4export.model.load import hub_name
 from v4export.plugins import BY_NODE
 from v4export.plugins.function_body import OPSET, VERSION
 from v4export.precision import Precision
+from v4export.state_contract import state_tensors
 
 IR_VERSION = 10
 
 
-def state_name(layer: int) -> str:
-    """Name of a layer's cached rows among the graph's inputs."""
-    return f"state.{layer}.latent"
+def state_name(layer: int, tensor: str) -> str:
+    """Name of a layer's state tensor among the graph's inputs."""
+    return f"state.{layer}.{tensor}"
 
 
-def new_state_name(layer: int) -> str:
-    """Name of a layer's new rows among the graph's outputs."""
-    return f"new_state.{layer}.latent"
+def new_state_name(layer: int, tensor: str) -> str:
+    """Name of its new rows among the graph's outputs."""
+    return f"new_state.{layer}.{tensor}"
 
 
 def hidden_name(layer: int) -> str:
-    """Name of the hidden states [M, D] that leave a layer; -1 is the embedding."""
+    """Name of the hidden states [M, D], or [M, X, D], that leave a layer; -1 is the embedding."""
     return f"hidden.{layer}"
 
 
 def experts_name(layer: int) -> str:
     """Name of the expert indices [M, K] that a layer's router chose."""
     return f"experts.{layer}"
+
+
+def selected_name(layer: int) -> str:
+    """Name of the numbers [M, K] of tokens or entries that a layer's indexer selected, -1 for none."""
+    return f"selected.{layer}"
 
 
 def stamp(
@@ -58,6 +65,10 @@ def stamp(
     return _Stamper(config, precision, weights, base).model(parts)
 
 
+#: How the graph's values are called that leave a block, state apart.
+_NAMES = {"hidden": hidden_name, "experts": experts_name, "selected": selected_name}
+
+
 class _Stamper:
     def __init__(self, config: ModelConfig, precision: Precision, weights: Mapping[str, Placed], base: Path) -> None:
         self.config, self.weights, self.base = config, weights, base
@@ -67,27 +78,29 @@ class _Stamper:
 
     def model(self, parts: Mapping[str, Part]) -> ir.Model:
         c = self.config
-        inputs = [self._input("input_ids"), self._input("position"), self._input("logits_at")]
-        ids, position, logits_at = inputs
-        hidden, cos, sin = self._place(parts["embed"], "embed.", None, [ids, position])
-        hidden.name = hidden_name(-1)
-        new_state = []
+        known = {name: self._input(name, CALLER[name], ir.DataType.INT64) for name in CALLER}
+        inputs, new_state = list(known.values()), []
+        known |= self._place(parts["embed"], "embed.", None, known)
+        known["hidden"].name = hidden_name(-1)
         for layer in range(c.num_layers):
-            cache = ir.Value(
-                name=state_name(layer),
-                shape=ir.Shape(["B", "T", c.latent_dim]),
-                type=ir.TensorType(self.activations),
-            )
-            inputs.append(cache)
-            part = parts["routed" if c.is_moe(layer) else "dense"]
-            activations = [hidden, cos, sin, position, cache]
-            hidden, new, *experts = self._place(part, f"layers.{layer}.", layer, activations)
-            hidden.name, new.name = hidden_name(layer), new_state_name(layer)
-            new.shape = ir.Shape(["B", "S", c.latent_dim])
-            for index in experts:
-                index.name = experts_name(layer)
-            new_state.append(new)
-        (logits,) = self._place(parts["head"], "head.", None, [hidden, logits_at])
+            tensors = {t.name: t for t in state_tensors(c, layer)}
+            held = {
+                STATE + t.name: self._input(
+                    state_name(layer, t.name),
+                    ("B", t.held_dim, t.width),
+                    ir.DataType.FLOAT if t.float32 else self.activations,
+                )
+                for t in tensors.values()
+            }
+            inputs += held.values()
+            out = self._place(parts[c.kind(layer)], f"layers.{layer}.", layer, known | held)
+            for name, value in out.items():
+                value.name = _NAMES.get(name, functools.partial(new_state_name, tensor=name))(layer)
+                if name in tensors:
+                    value.shape = ir.Shape(["B", tensors[name].returned_dim, tensors[name].width])
+                    new_state.append(value)
+            known["hidden"] = out["hidden"]
+        (logits,) = self._place(parts["head"], "head.", None, known).values()
         logits.name, logits.shape = "logits", ir.Shape(["B", "Q", c.vocab_size])
         functions = portable_bodies(self.nodes)
         graph = ir.Graph(
@@ -100,20 +113,25 @@ class _Stamper:
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="v4export", functions=functions)
 
-    def _input(self, name: str) -> ir.Value:
-        return ir.Value(name=name, shape=ir.Shape(ACTIVATIONS[name]), type=ir.TensorType(ir.DataType.INT64))
+    def _input(self, name: str, dims: Sequence[int | str], dtype: ir.DataType) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))
 
-    def _place(self, part: Part, prefix: str, layer: int | None, activations: Sequence[ir.Value]) -> list[ir.Value]:
-        """Copy a part's nodes into the graph; the copies of its outputs."""
+    def _place(
+        self, part: Part, prefix: str, layer: int | None, activations: Mapping[str, ir.Value]
+    ) -> dict[str, ir.Value]:
+        """Copy a part's nodes into the graph; the copies of its outputs, by name."""
         values: dict[ir.Value | None, list[ir.Value | None]] = {None: [None]}
-        values |= {formal: [actual] for formal, actual in zip(part.graph.inputs, activations, strict=False)}
-        for formal, name in zip(part.graph.inputs[len(activations) :], part.weights, strict=True):
+        values |= {
+            formal: [activations[name]] for name, formal in zip(part.activations, part.graph.inputs, strict=False)
+        }
+        for formal, name in zip(part.graph.inputs[len(part.activations) :], part.weights, strict=True):
             values[formal] = list(self._weights_of(name, layer))
         for initializer in part.graph.initializers.values():
             values[initializer] = [self._constant(initializer)]
         for node in part.graph:
             self.nodes.append(self._copy(node, values, prefix))
-        return [v for output in part.graph.outputs for v in values[output] if v is not None]
+        outputs = (values[output][0] for output in part.graph.outputs)
+        return {name: value for name, value in zip(part.outputs, outputs, strict=True) if value is not None}
 
     def _copy(self, node: ir.Node, values: dict[ir.Value | None, list[ir.Value | None]], prefix: str) -> ir.Node:
         outputs = [ir.Value(name=f"{prefix}{o.name}", type=o.type, shape=_readable(o.shape)) for o in node.outputs]

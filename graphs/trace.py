@@ -1,4 +1,4 @@
-"""Traces each kind of part once: embedding, dense block, routed block, head.
+"""Traces each kind of part once: embedding, a block of each kind, head.
 
 A traced part is a graph whose inputs are the activations and every weight, so a trace holds no bytes of weights (they
 are meta tensors) and its cost depends neither on the number of layers nor, since a routed block is traced with a single
@@ -12,7 +12,7 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,24 +22,46 @@ import torch
 from torch import nn
 
 from v4export.config import ModelConfig
-from v4export.model.block import Block, Embed, Head
+from v4export.model.block import Block, Embed, Head, block_reads, rotation_names
+from v4export.model.linear import Storage
+from v4export.model.rope import rotations
 from v4export.plugins import BY_NODE, OPS
 from v4export.plugins.function_body import OPSET, PLUGIN_HINTS
 from v4export.precision import Precision
+from v4export.state_contract import StateTensor, state_tensors
 
-#: Names of the activations that pass from part to part, and of their dynamic dimensions by the project's letters.
-ACTIVATIONS: dict[str, tuple[str | None, ...]] = {
-    "input_ids": ("B", "S"),
-    "position": ("B",),
-    "logits_at": ("B", "Q"),
-    "hidden": ("M", None),
-    "cos": (None, "M", None),
-    "sin": (None, "M", None),
-    "cache": ("B", "T", None),
-}
+#: What the caller of the whole graph gives besides the state, with dynamic dimensions by the project's letters.
+CALLER: dict[str, tuple[str, ...]] = {"input_ids": ("B", "S"), "position": ("B",), "logits_at": ("B", "Q")}
 
-#: Sizes the tracer plugs in. All differ and none is 0 or 1, lest torch.export take two for the same or for a constant.
-_EXAMPLE = {"B": 2, "S": 3, "M": 6, "T": 5, "Q": 7}
+#: How the names of state tensors among a part's inputs begin.
+STATE = "state."
+
+#: Sizes the tracer plugs in for each letter; T/n and S/n are rows that stand for n tokens. All differ and none is 0 or
+#: 1, lest torch.export take two for the same or for a constant.
+_SIZES = {"B": 2, "S": 1003, "M": 2006, "T": 5, "Q": 7}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An input of a part that is no weight: a size or a letter for each dimension, and a dtype."""
+
+    dims: tuple[int | str, ...]
+    dtype: torch.dtype = torch.int64
+
+    def example(self) -> torch.Tensor:
+        """A tensor without bytes."""
+        return torch.empty([_size(d) if isinstance(d, str) else d for d in self.dims], dtype=self.dtype, device="meta")
+
+    def dynamic(self) -> dict[int, Any]:
+        """Which dimensions vary, as torch.export wants it."""
+        return {axis: torch.export.Dim.DYNAMIC for axis, d in enumerate(self.dims) if isinstance(d, str)}
+
+
+def _size(letter: str) -> int:
+    letter, _, every = letter.partition("/")
+    if letter == "B*S":
+        return _SIZES["B"] * -(-_SIZES["S"] // int(every))
+    return _SIZES[letter] + 7 * int(every or 0)
 
 
 @dataclass(frozen=True)
@@ -50,63 +72,124 @@ class Part:
         graph: inputs are ``activations`` followed by ``weights``.
         activations: names of the activation inputs.
         weights: names of the weight inputs, the module's parameter names.
+        outputs: names of the outputs.
     """
 
     graph: ir.Graph
     activations: tuple[str, ...]
     weights: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+#: Calls a module with its activations by name.
+Call = Callable[[Callable[..., Any], dict[str, torch.Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is to be traced: a module, its activations, how it is called with them, and names of what it returns."""
+
+    module: nn.Module
+    reads: dict[str, Activation]
+    call: Call
+    returns: tuple[str, ...]
 
 
 class _Functional(nn.Module):
     """A module whose weights are arguments."""
 
-    def __init__(self, module: nn.Module, names: Sequence[str], activations: int):
+    def __init__(self, kind: _Kind, weights: Sequence[str]):
         super().__init__()
-        self._call = functools.partial(torch.func.functional_call, module)
-        self._names, self._activations = names, activations
+        self._run = functools.partial(torch.func.functional_call, kind.module)
+        self._weights, self._kind = weights, kind
 
     def forward(self, *args: torch.Tensor) -> Any:
-        out = self._call(dict(zip(self._names, args[self._activations :], strict=True)), args[: self._activations])
-        return tuple(t for t in out if t is not None) if isinstance(out, tuple) else out
+        count = len(self._kind.reads)
+        named = dict(zip(self._kind.reads, args[:count], strict=True))
+        weights = dict(zip(self._weights, args[count:], strict=True))
+        return self._kind.call(lambda *a: self._run(weights, a), named)
+
+
+def _embed(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
+    return run(named["input_ids"], named["position"])
+
+
+def _block(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
+    held = {name.removeprefix(STATE): value for name, value in named.items() if name.startswith(STATE)}
+    out = run(named["hidden"], named, held)
+    return (out.hidden, *out.rows, *(t for t in (out.experts, out.selected) if t is not None))
+
+
+def _head(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
+    return run(named["hidden"], named["logits_at"])
 
 
 def trace_parts(config: ModelConfig, precision: Precision, *, absorbed: bool = True) -> dict[str, Part]:
-    """Trace what the model is made of: ``embed``, ``dense`` and ``routed`` (those that occur), ``head``."""
-    dtype: torch.dtype = getattr(torch, precision.activations)
+    """Trace what the model is made of: ``embed``, a block of each kind that occurs, ``head``."""
+    storage = storage_of(precision)
+    known = _activations(config, storage.dtype)
+
+    def reads(*names: str) -> dict[str, Activation]:
+        return {name: known[name] for name in names}
+
+    def block(layer: int) -> _Kind:
+        tensors = state_tensors(config, layer)
+        held = {STATE + t.name: _held(t, storage.dtype) for t in tensors}
+        names = [t.name for t in tensors]
+        extra = {"experts": config.is_moe(layer), "selected": "index_key" in names}
+        module = Block(config, layer, storage, absorbed, experts=1)
+        returns = ("hidden", *names, *(name for name, there in extra.items() if there))
+        return _Kind(module, reads("hidden", *block_reads(config, layer)) | held, _block, returns)
+
     with torch.device("meta"):
-        block_inputs = ("hidden", "cos", "sin", "position", "cache")
-        kinds: dict[str, tuple[nn.Module, tuple[str, ...]]] = {
-            "embed": (Embed(config, dtype), ("input_ids", "position"))
+        embed, head = Embed(config, storage), Head(config, storage)
+        kinds = {
+            "embed": _Kind(embed, reads("input_ids", "position"), _embed, ("hidden", *rotation_names(config))),
+            **{kind: block(layer) for kind, layer in config.kinds.items()},
+            "head": _Kind(head, reads("hidden", "logits_at"), _head, ("logits",)),
         }
-        for kind, layers in {
-            "dense": [i for i in range(config.num_layers) if not config.is_moe(i)],
-            "routed": config.moe_layers,
-        }.items():
-            if layers:
-                kinds[kind] = (Block(config, layers[0], dtype, precision.fp8, absorbed, experts=1), block_inputs)
-        kinds["head"] = (Head(config, dtype), ("hidden", "logits_at"))
     with _quiet():
-        return {kind: _trace(module, inputs, config, dtype) for kind, (module, inputs) in kinds.items()}
+        return {name: _trace(kind) for name, kind in kinds.items()}
 
 
-def _trace(module: nn.Module, activations: tuple[str, ...], config: ModelConfig, dtype: torch.dtype) -> Part:
+def storage_of(precision: Precision) -> Storage:
+    """How the traced modules hold their weights."""
+    return Storage(getattr(torch, precision.activations), precision.fp8, precision.fp4_experts)
+
+
+def _activations(config: ModelConfig, dtype: torch.dtype) -> dict[str, Activation]:
+    """What parts read besides weights and state, by name."""
+    known = {name: Activation(dims) for name, dims in CALLER.items()}
+    known["hidden"] = Activation(("M", *config.hidden_shape), dtype)
+    for name, rotation in rotations(config).items():
+        rows = "M" if rotation.every == 1 else f"B*S/{rotation.every}"
+        turn = Activation((1, rows, config.qk_rope_head_dim // 2), torch.float32)
+        known |= {f"cos.{name}": turn, f"sin.{name}": turn}
+    return known
+
+
+def _held(tensor: StateTensor, dtype: torch.dtype) -> Activation:
+    return Activation(("B", tensor.held_dim, tensor.width), torch.float32 if tensor.float32 else dtype)
+
+
+def _trace(kind: _Kind) -> Part:
     _register_schemas()
-    names = tuple(name for name, _ in module.named_parameters())
-    examples = [_example(name, config, dtype) for name in activations]
+    names = tuple(name for name, _ in kind.module.named_parameters())
+    read = kind.reads.values()
     program = torch.onnx.export(
-        _Functional(module, names, len(activations)).eval(),
-        (*examples, *module.parameters()),
+        _Functional(kind, names).eval(),
+        (*(a.example() for a in read), *kind.module.parameters()),
         dynamo=True,
         opset_version=OPSET,
-        input_names=[*activations, *(f"weight:{name}" for name in names)],
-        dynamic_shapes=((*map(_dynamic, activations), *([None] * len(names))),),
+        input_names=[*kind.reads, *(f"weight:{name}" for name in names)],
+        dynamic_shapes=((*(a.dynamic() for a in read), *([None] * len(names))),),
         custom_translation_table={op.torch_op._opoverload: op.translate for op in OPS},
         verbose=False,
     )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     _complete_types(program.model.graph)
-    return Part(program.model.graph, activations, names)
+    return Part(program.model.graph, tuple(kind.reads), names, kind.returns)
 
 
 def _complete_types(graph: ir.Graph) -> None:
@@ -116,18 +199,6 @@ def _complete_types(graph: ir.Graph) -> None:
         if op:
             for output, dtype in zip(node.outputs, op.outputs, strict=True):
                 output.dtype = dtype(node)
-
-
-def _example(name: str, config: ModelConfig, dtype: torch.dtype) -> torch.Tensor:
-    width = {"hidden": config.hidden_size, "cache": config.latent_dim}
-    sizes = {"cos": (1, 6, config.qk_rope_head_dim // 2), "sin": (1, 6, config.qk_rope_head_dim // 2)}
-    shape = sizes.get(name) or tuple(_EXAMPLE[d] if d else width[name] for d in ACTIVATIONS[name])
-    kind = {"hidden": dtype, "cache": dtype, "cos": torch.float32, "sin": torch.float32}.get(name, torch.int64)
-    return torch.empty(shape, dtype=kind, device="meta")
-
-
-def _dynamic(name: str) -> dict[int, Any]:
-    return {axis: torch.export.Dim.DYNAMIC for axis, letter in enumerate(ACTIVATIONS[name]) if letter}
 
 
 @functools.cache
@@ -156,7 +227,7 @@ def _register_schemas() -> None:
         )
 
 
-_TYPES = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "float8e4m3fn", "int64", "bool")]
+_TYPES = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "float8e4m3fn", "uint8", "int64", "bool")]
 
 
 @contextlib.contextmanager

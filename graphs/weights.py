@@ -14,24 +14,35 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from v4export.checkpoint.audit import Weight
-from v4export.checkpoint.formats import quantize_blocks
+from v4export.checkpoint.formats import FP4_BLOCK, grid, quantize_blocks, quantize_fp4
 from v4export.checkpoint.names import SCALE
 from v4export.checkpoint.tensor import DTYPES, StoredTensor
-from v4export.errors import BadInput
+from v4export.errors import BadInput, NotSupported
 from v4export.precision import Precision
 
 FOLDER = "weights"
+FP4 = "float4_e2m1fn"
+#: Multipliers of FP4 numbers in a graph: bfloat16 has every power of two that E8M0 has, and TensorRT-RTX reads it.
+FP4_SCALE = "bfloat16"
 
-#: safetensors' spelling of the dtypes a graph can hold.
-SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
+#: safetensors' spelling of the dtypes a graph can hold. ``F4`` is two numbers a byte, which files declare as bytes.
+SAFETENSORS_NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    FP4: "F4",
+    "int64": "I64",
+}
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy dtype of a graph dtype's name."""
-    return DTYPES[SAFETENSORS_NAMES[name]]
+    """The NumPy dtype of a graph dtype's name; FP4 numbers are single ones."""
+    return np.dtype(ml_dtypes.float4_e2m1fn) if name == FP4 else DTYPES[SAFETENSORS_NAMES[name]]
 
 
 _SHARD_BYTES = 5 << 30
@@ -41,7 +52,10 @@ _WINDOW_ROWS = 1024
 
 @dataclass(frozen=True)
 class Placed:
-    """One initialiser's bytes: ``location`` is relative to OUT, ``offset`` and ``nbytes`` are in bytes."""
+    """One initialiser's bytes: ``location`` is relative to OUT, ``offset`` and ``nbytes`` are in bytes.
+
+    ``shape`` is in numbers, of which FP4 has two a byte.
+    """
 
     name: str
     location: str
@@ -56,7 +70,7 @@ class Placement:
     """All initialisers of a graph and what it cost to have them.
 
     Attributes:
-        tensors: by Hub name; FP8 multipliers under their weight's name plus ``_scale_inv``.
+        tensors: by canonical name; multipliers under their weight's name plus ``_scale_inv``.
         linked: source shards that OUT/weights shares with the checkpoint.
         pointed_bytes: bytes used where they lie.
         written_bytes: bytes converted and written.
@@ -80,7 +94,15 @@ class Conversion:
     @property
     def nbytes(self) -> int:
         """Bytes once written."""
-        return int(np.prod(self.shape)) * numpy_dtype(self.dtype).itemsize
+        numbers = int(np.prod(self.shape))
+        return numbers // 2 if self.dtype == FP4 else numbers * numpy_dtype(self.dtype).itemsize
+
+    @property
+    def declared(self) -> tuple[str, tuple[int, ...]]:
+        """dtype and shape in the header of the file: FP4 numbers are declared as the bytes they are packed in."""
+        if self.dtype == FP4:
+            return "U8", (*self.shape[:-1], self.shape[-1] // 2)
+        return SAFETENSORS_NAMES[self.dtype], self.shape
 
 
 def place(
@@ -102,6 +124,7 @@ def place(
 
     Raises:
         BadInput: a value does not fit the dtype asked for.
+        NotSupported: FP4 is asked for, and rows are not a whole number of its blocks.
     """
     pointed: list[tuple[str, StoredTensor]] = []
     conversions: list[Conversion] = []
@@ -125,28 +148,47 @@ def place(
     )
 
 
+def stored_as(weight: Weight, dtype: str) -> bool:
+    """Whether a weight's bytes are those of a graph's dtype."""
+    return weight.packed if dtype == FP4 else weight.data.dtype == SAFETENSORS_NAMES[dtype]
+
+
 def decide(weight: Weight, precision: Precision) -> tuple[list[tuple[str, StoredTensor]], list[Conversion]]:
-    """Which stored tensors serve as they are, and what has to be written, for one weight."""
+    """Which stored tensors serve as they are, and what has to be written, for one weight.
+
+    Packed FP4 bytes that serve as they are get the shape of their numbers, and ``F4`` for a dtype.
+
+    Raises:
+        NotSupported: the precision has FP4 experts, whose rows are not a whole number of blocks.
+    """
     dtype = precision.weight_dtype(weight.role)
-    is_fp8 = dtype == "float8_e4m3fn"
-    if weight.data.dtype == SAFETENSORS_NAMES[dtype]:
-        kept, scale = [(weight.name, weight.data)], weight.scale
+    if stored_as(weight, dtype):
+        data, scale = weight.data, weight.scale
+        if weight.packed:
+            data = dataclasses.replace(data, dtype=SAFETENSORS_NAMES[FP4], shape=weight.shape)
+        kept = [(weight.name, data)]
+        wide = FP4_SCALE if weight.packed else "float32"
         if scale is None:
             return kept, []
-        if scale.dtype == "F32":
+        if scale.dtype == SAFETENSORS_NAMES[wide]:
             return [*kept, (weight.name + SCALE, scale)], []
         widened = Conversion(
-            weight.name + SCALE, "float32", scale.shape, lambda: iter([scale.read().astype(np.float32)])
+            weight.name + SCALE, wide, scale.shape, lambda: iter([scale.read().astype(numpy_dtype(wide))])
         )
         return kept, [widened]
-    if is_fp8:
+    if dtype == FP4:
+        return [], _packed(weight)
+    if dtype == "float8_e4m3fn":
         return [], _quantised(weight, precision)
     return [], [Conversion(weight.name, dtype, weight.shape, lambda: _cast_rows(weight, dtype))]
 
 
 def _cast_rows(weight: Weight, dtype: str) -> Iterator[np.ndarray]:
-    """The weight's rows in another float dtype; an overflow is an error, never an infinity."""
+    """The weight's rows in another dtype; an overflow is an error, never an infinity."""
     for rows in _windows(weight):
+        if dtype == "int64":
+            yield rows
+            continue
         with np.errstate(over="ignore"):
             cast = rows.astype(numpy_dtype(dtype))
         if not np.isfinite(cast.astype(np.float32)).all():
@@ -162,7 +204,7 @@ def _quantised(weight: Weight, precision: Precision) -> list[Conversion]:
     """The weight in FP8 blocks: its bytes and its multipliers, each computed window by window."""
     fp8 = precision.fp8
     assert fp8 is not None
-    grid = (-(-weight.shape[0] // fp8.rows), -(-weight.shape[1] // fp8.columns))
+    multipliers = grid(weight.shape, (fp8.rows, fp8.columns))
 
     def part(index: int) -> Iterator[np.ndarray]:
         for rows in _windows(weight):
@@ -170,12 +212,30 @@ def _quantised(weight: Weight, precision: Precision) -> list[Conversion]:
 
     return [
         Conversion(weight.name, "float8_e4m3fn", weight.shape, lambda: part(0)),
-        Conversion(weight.name + SCALE, "float32", grid, lambda: part(1)),
+        Conversion(weight.name + SCALE, "float32", multipliers, lambda: part(1)),
+    ]
+
+
+def _packed(weight: Weight) -> list[Conversion]:
+    """The weight as packed FP4: its bytes and its multipliers, each computed window by window."""
+    if weight.shape[1] % FP4_BLOCK[1]:
+        raise NotSupported(
+            f"{weight.name} cannot be stored as FP4",
+            f"{weight.shape[1]} columns, and {FP4_BLOCK[1]} share a multiplier",
+            "choose another precision",
+        )
+
+    def multipliers() -> Iterator[np.ndarray]:
+        return (quantize_fp4(rows)[1].astype(numpy_dtype(FP4_SCALE)) for rows in _windows(weight))
+
+    return [
+        Conversion(weight.name, FP4, weight.shape, lambda: (quantize_fp4(rows)[0] for rows in _windows(weight))),
+        Conversion(weight.name + SCALE, FP4_SCALE, grid(weight.shape, FP4_BLOCK), multipliers),
     ]
 
 
 def _windows(weight: Weight) -> Iterator[np.ndarray]:
-    """The weight's values as float32, some rows at a time."""
+    """The weight's values as ``Weight.decode`` gives them, some rows at a time."""
     for start in range(0, weight.shape[0], _WINDOW_ROWS):
         stop = min(start + _WINDOW_ROWS, weight.shape[0])
         height = weight.block[0]
@@ -217,7 +277,8 @@ def _write(
     header: dict[str, dict[str, object]] = {}
     end = 0
     for c in conversions:
-        header[c.name] = {"dtype": SAFETENSORS_NAMES[c.dtype], "shape": c.shape, "data_offsets": [end, end + c.nbytes]}
+        dtype, shape = c.declared
+        header[c.name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + c.nbytes]}
         end += c.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)

@@ -5,6 +5,8 @@ a microsecond. Each Gemm reads the expert's own matrix [out, in] where it lies i
 copy. Gate and up are one matrix where the file has them side by side, which spares E Gemms a layer and one part in
 twenty of a token's time. Against the portable body, which stacks and gathers, a single token takes as long, 16 tokens a
 third, and 128 tokens a seventh of the time; the session loads in a twentieth (``docs/benchmarks.md``).
+
+FP8 and packed E2M1 experts are left to ``scaled_experts``, which widens those that were chosen.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from v4export.graphs.passes.adjacent import joined
-from v4export.plugins.block_dequantize.onnx import dequantize
+from v4export.graphs.passes.scaled_experts import ScaledExperts
 from v4export.plugins.function_body import Body
-from v4export.plugins.moe_experts.onnx import swiglu
+from v4export.plugins.moe_experts.onnx import PLAIN, swiglu
 
 
 def group_experts(model: ir.Model) -> bool:
@@ -35,26 +37,40 @@ def group_experts(model: ir.Model) -> bool:
 
 
 def _grouped(b: Body, node: ir.Node, graph: ir.Graph) -> ir.Value:
-    count, scaled = node.attributes["num_experts"].as_int(), bool(node.attributes["fp8"].as_int())
-    x, weights, indices, *matrices = (v for v in node.inputs if v is not None)
-    dtype = node.outputs[0].dtype
-    assert dtype is not None
-    gate, up, down = (_flat(b, node, matrices, part, count, scaled, dtype) for part in range(3))
-
+    x, weights, indices, *operands = (v for v in node.inputs if v is not None)
     flat = b.reshape(indices, -1)
     slots = b.dim(flat, 0)
     _, order = b.ops("TopK", flat, slots, outputs=2, axis=0, largest=0, sorted=1)
-    hits = b.op("Equal", b.op("Unsqueeze", flat, b.const([1])), b.const(np.arange(count)))
-    counts = b.op("ReduceSum", b.cast(hits, ir.DataType.INT64), b.const([0]), keepdims=0)
     per_token = b.dim(indices, 1)
-
     rows = b.op("Gather", x, b.op("Div", order, per_token), axis=0)
-    h = swiglu(b, *_gate_and_up(b, rows, counts, gate, up, graph), dtype)
-    sorted_y = b.cast(_products(b, h, counts, down), ir.DataType.FLOAT)
+    sorted_y = _sorted_products(b, node, flat, rows, operands, graph)
     back = b.op("ScatterElements", order, order, b.arange(slots), axis=0)
     y = b.reshape(b.op("Gather", sorted_y, back, axis=0), b.dim(x, 0), per_token, _width(node))
     mixed = b.op("Squeeze", b.op("MatMul", b.op("Unsqueeze", weights, b.const([1])), y), b.const([1]))
-    return b.cast(mixed, dtype)
+    return b.cast(mixed, _dtype(node))
+
+
+def _sorted_products(
+    b: Body, node: ir.Node, flat: ir.Value, rows: ir.Value, operands: Sequence[ir.Value], graph: ir.Graph
+) -> ir.Value:
+    """Rows [M*K, D], sorted by expert, each through its expert: float32 [M*K, D]."""
+    a = node.attributes
+    count, stored, limit = a["num_experts"].as_int(), a["format"].as_string(), a["limit"].as_float()
+    matrices, scales = operands[: 3 * count], operands[3 * count :]
+    if stored != PLAIN:
+        block = a["rows"].as_int(), a["columns"].as_int()
+        return ScaledExperts(graph, matrices, scales, stored, block, limit, _dtype(node)).products(b, flat, rows)
+    hits = b.op("Equal", b.op("Unsqueeze", flat, b.const([1])), b.const(np.arange(count)))
+    counts = b.op("ReduceSum", b.cast(hits, ir.DataType.INT64), b.const([0]), keepdims=0)
+    gate, up, down = ([_flat(v) for v in matrices[part * count : (part + 1) * count]] for part in range(3))
+    h = swiglu(b, *_gate_and_up(b, rows, counts, gate, up, graph), _dtype(node), limit)
+    return b.cast(_products(b, h, counts, down), ir.DataType.FLOAT)
+
+
+def _dtype(node: ir.Node) -> ir.DataType:
+    dtype = node.outputs[0].dtype
+    assert dtype is not None
+    return dtype
 
 
 def _width(node: ir.Node) -> int:
@@ -63,32 +79,16 @@ def _width(node: ir.Node) -> int:
     return int(shape[-1])  # type: ignore[arg-type]
 
 
-def _sizes(matrix: ir.Value) -> list[int]:
-    assert matrix.shape is not None
-    return [int(d) for d in matrix.shape]  # type: ignore[arg-type]
-
-
-def _flat(
-    b: Body, node: ir.Node, matrices: list[ir.Value], part: int, count: int, scaled: bool, dtype: ir.DataType
-) -> list[ir.Value]:
-    """The E matrices [out, in] of one part: the initialisers re-declared without their leading 1, widened if FP8."""
-
-    def own(value: ir.Value) -> ir.Value:
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and len(tensor.shape) == 3:
-            value.const_value = ir.ExternalTensor(
-                tensor.location, tensor.offset, tensor.length, tensor.dtype,
-                shape=ir.Shape(tensor.shape.dims[1:]), name=tensor.name, base_dir=tensor.base_dir,
-            )  # fmt: skip
-            value.shape = value.const_value.shape
-        return value
-
-    chosen = [own(v) for v in matrices[part * count : (part + 1) * count]]
-    if not scaled:
-        return chosen
-    block = [node.attributes["rows"].as_int(), node.attributes["columns"].as_int()]
-    scales = [own(v) for v in matrices[(3 + part) * count : (4 + part) * count]]
-    return [dequantize(b, w, s, _sizes(w), block, dtype) for w, s in zip(chosen, scales, strict=True)]
+def _flat(value: ir.Value) -> ir.Value:
+    """A matrix [1, out, in], re-declared in place without its leading 1."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor) and len(tensor.shape) == 3:
+        value.const_value = ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, tensor.dtype,
+            shape=ir.Shape(tensor.shape.dims[1:]), name=tensor.name, base_dir=tensor.base_dir,
+        )  # fmt: skip
+        value.shape = value.const_value.shape
+    return value
 
 
 def _gate_and_up(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from v4export.checkpoint.names import SCALE
 from v4export.config import ModelConfig
 from v4export.graphs.stamp import stamp
 from v4export.graphs.trace import Part, trace_parts
-from v4export.graphs.weights import Placed, numpy_dtype
+from v4export.graphs.weights import FP4, FP4_SCALE, Placed, numpy_dtype
 from v4export.precision import PRECISIONS, Precision
 
 Trace = Callable[..., tuple[ModelConfig, Precision, Mapping[str, Part]]]
@@ -47,10 +48,11 @@ def place_nowhere(config: ModelConfig, precision: Precision) -> dict[str, Placed
         if dtype == "float8_e4m3fn":
             block = (precision.fp8.rows, precision.fp8.columns)
             entries.append((one.name + SCALE, "float32", grid(one.shape, block)))
+        if dtype == FP4:
+            entries.append((one.name + SCALE, FP4_SCALE, grid(one.shape, (1, 32))))
         for name, kind, shape in entries:
-            size = numpy_dtype(kind).itemsize
-            for n in shape:
-                size *= n
+            count = math.prod(shape)
+            size = count // 2 if kind == FP4 else count * numpy_dtype(kind).itemsize
             placed[name] = Placed(name, "weights/model.safetensors", at, size, kind, shape)
             at += size
     return placed

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from v4export import presets
 from v4export.errors import NotSupported
 from v4export.graphs import lint as rules
 from v4export.graphs.lint import lint
-from v4export.plugins import BY_NODE
 
 pytestmark = pytest.mark.slow
 
@@ -113,11 +115,63 @@ def test_tensor_too_large(stamped, monkeypatch):
         lint(model, config, parts)
 
 
+def test_multipliers_out_of_order(stamped):
+    config, model, parts = stamped("tiny-v3", "fp8")
+    experts = node(model, "MoeExperts")
+    first = 3 + 3 * config.num_experts
+    one, two = experts.inputs[first], experts.inputs[first + 1]
+    experts.replace_input_with(first, two)
+    experts.replace_input_with(first + 1, one)
+    with pytest.raises(NotSupported, match="layer 1: its expert matrices are not all there, in order"):
+        lint(model, config, parts)
+
+
+def test_selecting_more_than_topk_takes(stamped):
+    config, model, parts = stamped()
+    node(model, "MoeRoute").attributes["top_k"] = ir.AttrInt64("top_k", 3841)
+    with pytest.raises(NotSupported, match=r"MoeRoute selects more.*\n.*k = 3841, at most 3840"):
+        lint(model, config, parts)
+
+
+def test_an_indexer_that_selects_too_many(stamped):
+    config = presets.load("tiny-v3.2")
+    for top_k in (3840, 3841):
+        config, model, parts = stamped("tiny-v3.2", indexer=replace(config.indexer, top_k=top_k))
+        if top_k == 3840:
+            lint(model, config, parts)
+            continue
+        with pytest.raises(NotSupported, match=r"IndexSelect selects more.*\n.*k = 3841, at most 3840"):
+            lint(model, config, parts)
+
+
+@pytest.mark.parametrize("where", ["graph", "body"])
+def test_scatter_with_a_sum(stamped, where):
+    config, model, parts = stamped()
+    for reduction in ("none", "add"):
+        attribute = ir.AttrString("reduction", reduction)
+        inside = model.graph if where == "graph" else model.functions["v4", "LatentAttention", ""]
+        value = inside.outputs[0]
+        inside.append(ir.Node("", "ScatterElements", [value] * 3, [attribute], name="head.scatter"))
+        if reduction == "none":
+            lint(model, config, parts)
+    with pytest.raises(NotSupported, match=r"head\.scatter: ScatterElements with reduction add"):
+        lint(model, config, parts)
+
+
+MOE = {"v4::MoeRoute", "v4::MoeExperts"}
+V4 = {"v4::HyperMix", "v4::HyperConnection", "v4::WindowAttention", "v4::CompressedAttention", "v4::SparseAttention"}
+OPS = {
+    "tiny-v3": MOE | {"v4::LatentAttention"},
+    "tiny-v3.2": MOE | {"v4::SparseLatentAttention", "v4::IndexSelect"},
+    "tiny-v4": MOE | V4 | {"v4::HashRoute", "v4::IndexSelect", "v4::CompressTokens"},
+}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
-def test_what_was_proved(stamped, precision):
-    config, model, parts = stamped("tiny-v3", precision)
+@pytest.mark.parametrize("preset", OPS)
+def test_what_was_proved(stamped, preset, precision):
+    config, model, parts = stamped(preset, precision)
     found = lint(model, config, parts)
     assert found.experts_referenced == 3 * config.num_experts * len(config.moe_layers)
-    assert found.nodes_per_layer["routed"] > 0 and found.nodes_per_layer["dense"] > 0
-    wanted = {f"{domain}::{name}" for domain, name in BY_NODE if precision == "fp8" or domain != "trt"}
-    assert set(found.bodies) == wanted
+    assert found.nodes_per_layer.keys() == config.kinds.keys() and min(found.nodes_per_layer.values()) > 5
+    assert set(found.bodies) == OPS[preset] | ({"trt::TRT_BlockDequantize"} if precision == "fp8" else set())

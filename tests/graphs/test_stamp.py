@@ -9,7 +9,8 @@ import pytest
 from v4export import presets
 from v4export.checkpoint import names
 from v4export.graphs.lint import lint
-from v4export.graphs.stamp import experts_name, hidden_name, new_state_name, state_name
+from v4export.graphs.stamp import experts_name, hidden_name, new_state_name, selected_name, state_name
+from v4export.state_contract import state_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -47,8 +48,9 @@ def test_layers_are_stamped_from_one_trace(stamped):
 def test_inputs_and_outputs(stamped, precision):
     config, model, _ = stamped("tiny-v3", precision)
     layers = range(config.num_layers)
-    assert [v.name for v in model.graph.inputs] == ["input_ids", "position", "logits_at", *map(state_name, layers)]
-    assert [v.name for v in model.graph.outputs] == ["logits", *map(new_state_name, layers)]
+    states, rows = ([name(i, "latent") for i in layers] for name in (state_name, new_state_name))
+    assert [v.name for v in model.graph.inputs] == ["input_ids", "position", "logits_at", *states]
+    assert [v.name for v in model.graph.outputs] == ["logits", *rows]
     shapes = {v.name: [str(d) for d in v.shape] for v in (*model.graph.inputs, *model.graph.outputs)}
     assert shapes["input_ids"] == ["B", "S"] and shapes["position"] == ["B"] and shapes["logits_at"] == ["B", "Q"]
     assert shapes["state.1.latent"] == ["B", "T", str(config.latent_dim)]
@@ -61,13 +63,49 @@ def test_inputs_and_outputs(stamped, precision):
     assert {hidden_name(i) for i in (-1, *layers)} | {experts_name(i) for i in config.moe_layers} <= produced
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp8"])
-def test_weights_are_references(stamped, precision):
-    config, model, _ = stamped("tiny-v3", precision)
+@pytest.mark.parametrize("preset", ["tiny-v4", "tiny-v3.2"])
+def test_state_is_that_of_the_contract(stamped, preset):
+    config, model, _ = stamped(preset, "bf16")
+    values = {v.name: v for v in (*model.graph.inputs, *model.graph.outputs)}
+    count = 4
+    for layer in range(config.num_layers):
+        for tensor in state_tensors(config, layer):
+            held, new = values[state_name(layer, tensor.name)], values[new_state_name(layer, tensor.name)]
+            assert [str(d) for d in held.shape] == ["B", str(tensor.held_dim), str(tensor.width)]
+            assert [str(d) for d in new.shape] == ["B", tensor.returned_dim, str(tensor.width)]
+            assert held.dtype == new.dtype == (ir.DataType.FLOAT if tensor.float32 else ir.DataType.BFLOAT16)
+            count += 2
+    assert len(values) == count
+    produced = {v.name for n in model.graph for v in n.outputs}
+    assert {selected_name(i) for i in range(config.num_layers) if state_name(i, "index_key") in values} <= produced
+
+
+def test_every_kind_of_layer_is_stamped_from_its_own_trace(stamped):
+    config, model, parts = stamped("tiny-v4")
+    found = lint(model, config, parts)
+    assert found.nodes_per_layer.keys() == {"window hash", "csa hash", "hca", "csa"}
+    for layer in range(config.num_layers):
+        assert sum(layer_nodes(model, layer).values()) == len(parts[config.kind(layer)].graph)
+
+
+def test_fp4_experts_are_references_to_the_packed_bytes(stamped):
+    config, model, _ = stamped("tiny-v4-fp4", "mxfp4")
+    value = model.graph.initializers["model.layers.1.mlp.experts.3.up_proj.weight"]
+    assert value.dtype == ir.DataType.FLOAT4E2M1
+    assert tuple(value.shape) == (1, config.moe_intermediate_size, config.hidden_size)
+    assert value.const_value.length == config.moe_intermediate_size * config.hidden_size // 2
+    assert model.graph.initializers["model.layers.0.mlp.gate.tid2eid"].dtype == ir.DataType.INT64
+
+
+@pytest.mark.parametrize(
+    ("preset", "precision"), [("tiny-v3", "fp32"), ("tiny-v3", "fp8"), ("tiny-v4", "fp32"), ("tiny-v4-fp4", "mxfp4")]
+)
+def test_weights_are_references(stamped, preset, precision):
+    config, model, _ = stamped(preset, precision)
     external = {n: v for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
     embedded = [v for n, v in model.graph.initializers.items() if n not in external]
     assert {n for n in external if not n.endswith("_scale_inv")} == set(names.expected(config))
-    assert any(n.endswith("_scale_inv") for n in external) == (precision == "fp8")
+    assert any(n.endswith("_scale_inv") for n in external) == (precision in ("fp8", "mxfp4"))
     assert sum(v.const_value.nbytes for v in embedded) < 1 << 12
     assert all(v.const_value.shape[0] == 1 for n, v in external.items() if ".mlp.experts." in n)
 

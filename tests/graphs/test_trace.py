@@ -6,12 +6,36 @@ import psutil
 import pytest
 
 from v4export import presets
-from v4export.graphs.trace import ACTIVATIONS
 from v4export.model.load import hub_name
+from v4export.state_contract import state_tensors
 
 pytestmark = pytest.mark.slow
 
 V3_PARTS = {"embed", "dense", "routed", "head"}
+HYPER = {"HyperConnection": 2, "HyperMix": 2, "MoeExperts": 1}
+#: Custom nodes of each part of the tiny presets.
+CUSTOM = {
+    "tiny-v3": {
+        "embed": {},
+        "dense": {"LatentAttention": 1},
+        "routed": {"LatentAttention": 1, "MoeRoute": 1, "MoeExperts": 1},
+        "head": {},
+    },
+    "tiny-v3.2": {
+        "embed": {},
+        "dense": {"IndexSelect": 1, "SparseLatentAttention": 1},
+        "routed": {"IndexSelect": 1, "SparseLatentAttention": 1, "MoeRoute": 1, "MoeExperts": 1},
+        "head": {},
+    },
+    "tiny-v4": {
+        "embed": {},
+        "window hash": {**HYPER, "WindowAttention": 1, "HashRoute": 1},
+        "csa hash": {**HYPER, "CompressTokens": 2, "IndexSelect": 1, "SparseAttention": 1, "HashRoute": 1},
+        "hca": {**HYPER, "CompressTokens": 1, "CompressedAttention": 1, "MoeRoute": 1},
+        "csa": {**HYPER, "CompressTokens": 2, "IndexSelect": 1, "SparseAttention": 1, "MoeRoute": 1},
+        "head": {},
+    },
+}
 
 
 def operators(part):
@@ -27,24 +51,39 @@ def test_parts_do_not_depend_on_the_number_of_experts(trace):
         assert few[kind].weights == many[kind].weights
 
 
-def test_one_node_for_each_custom_op(trace):
-    _, _, parts = trace()
+@pytest.mark.parametrize("preset", CUSTOM)
+def test_one_node_for_each_custom_op(trace, preset):
+    _, _, parts = trace(preset)
     custom = {kind: Counter(n.op_type for n in part.graph if n.domain) for kind, part in parts.items()}
-    assert custom == {
-        "embed": {},
-        "dense": {"LatentAttention": 1},
-        "routed": {"LatentAttention": 1, "MoeRoute": 1, "MoeExperts": 1},
-        "head": {},
-    }
+    assert custom == CUSTOM[preset]
 
 
-def test_inputs_are_activations_and_then_weights(trace):
-    _, _, parts = trace()
+@pytest.mark.parametrize("preset", CUSTOM)
+def test_inputs_are_activations_and_then_weights(trace, preset):
+    _, _, parts = trace(preset)
     for kind, part in parts.items():
         assert [v.name for v in part.graph.inputs] == [*part.activations, *(f"weight:{n}" for n in part.weights)], kind
-        for name, value in zip(part.activations, part.graph.inputs, strict=False):
-            for size, letter in zip(value.shape, ACTIVATIONS[name], strict=True):
-                assert isinstance(size, int) == (letter is None or size == 1), (kind, name)
+        assert len(part.graph.outputs) == len(part.outputs)
+
+
+@pytest.mark.parametrize("preset", CUSTOM)
+def test_what_varies_is_what_the_contract_says(trace, preset):
+    """Nothing else became a constant while tracing, and nothing constant varies."""
+    config, _, parts = trace(preset)
+    for kind, layer in config.kinds.items():
+        part = parts[kind]
+        inputs = dict(zip(part.activations, part.graph.inputs, strict=False))
+        outputs = dict(zip(part.outputs, part.graph.outputs, strict=True))
+        assert [isinstance(d, int) for d in inputs["hidden"].shape] == [False] + [True] * len(config.hidden_shape)
+        for tensor in state_tensors(config, layer):
+            held, new = inputs[f"state.{tensor.name}"].shape, outputs[tensor.name].shape
+            assert [isinstance(d, int) for d in held] == [False, tensor.ring is not None, True]
+            assert [isinstance(d, int) for d in new] == [False, False, True]
+            assert held[2] == new[2] == tensor.width and (tensor.ring is None or held[1] == tensor.ring)
+
+
+def test_a_routed_block_is_traced_with_one_expert(trace):
+    _, _, parts = trace()
     assert [n for n in parts["routed"].weights if ".experts." in n] == [
         f"mlp.experts.0.{part}_proj.weight" for part in ("gate", "up", "down")
     ]
@@ -72,6 +111,13 @@ def test_a_model_of_671_billion_parameters_takes_no_memory(trace):
         assert sum(v.const_value.nbytes for v in part.graph.initializers.values()) < 1 << 16
 
 
+def test_fp4_experts_enter_as_bytes_with_their_multipliers(trace):
+    _, _, parts = trace("tiny-v4-fp4", "mxfp4")
+    inputs = dict(zip(parts["csa"].weights, parts["csa"].graph.inputs[len(parts["csa"].activations) :], strict=True))
+    up, scale = (inputs[f"mlp.experts.0.up_proj.{name}"] for name in ("weight", "weight_scale_inv"))
+    assert (up.dtype.name, *up.shape) == ("UINT8", 64, 48) and (scale.dtype.name, *scale.shape) == ("BFLOAT16", 64, 3)
+
+
 def test_fp8_matrices_enter_with_their_multipliers(trace):
     _, precision, parts = trace("tiny-v3", "fp8")
     weights = parts["routed"].weights
@@ -90,9 +136,10 @@ def test_parameters_have_hub_names():
     from v4export.checkpoint import names
     from v4export.model.block import Block
 
-    config = presets.load("tiny-v3")
-    for layer in (0, 1):
-        with torch.device("meta"):
-            block = Block(config, layer)
-        wanted = {n for n in names.expected(config) if n.startswith(f"model.layers.{layer}.")}
-        assert {hub_name(name, config, layer) for name, _ in block.named_parameters()} - {None} == wanted
+    for preset in CUSTOM:
+        config = presets.load(preset)
+        for layer in config.kinds.values():
+            with torch.device("meta"):
+                block = Block(config, layer)
+            wanted = {n for n in names.expected(config) if n.startswith(f"model.layers.{layer}.")}
+            assert {hub_name(name, config, layer) for name, _ in block.named_parameters()} - {None} == wanted

@@ -9,14 +9,15 @@ import pytest
 
 from v4export import presets
 from v4export.checkpoint.audit import Audit, Weight, audit
-from v4export.checkpoint.formats import dequantize_blocks, quantize_blocks
+from v4export.checkpoint.formats import dequantize_blocks, dequantize_fp4, quantize_blocks, quantize_fp4
 from v4export.checkpoint.index import Checkpoint
 from v4export.checkpoint.synth import synth
 from v4export.checkpoint.tensor import DTYPES, StoredTensor, read_header
-from v4export.errors import BadInput
+from v4export.errors import BadInput, NotSupported
 from v4export.graphs import weights as module
 from v4export.graphs.weights import Placed, Placement, numpy_dtype, place
 from v4export.precision import PRECISIONS
+from v4export.verify.rounded import as_the_graph_holds, is_converted
 
 SPELLING = {dtype: spelling for spelling, dtype in DTYPES.items()}
 
@@ -29,6 +30,10 @@ def placed_bytes(out: Path, placed: Placed) -> bytes:
 
 
 def placed_values(out: Path, placed: Placed) -> np.ndarray:
+    if placed.dtype == "float4_e2m1fn":
+        packed = np.frombuffer(placed_bytes(out, placed), np.uint8)
+        halves = np.stack([packed & 15, packed >> 4], axis=1).view(numpy_dtype(placed.dtype))
+        return halves.astype(np.float32).reshape(placed.shape)
     return np.frombuffer(placed_bytes(out, placed), numpy_dtype(placed.dtype)).reshape(placed.shape)
 
 
@@ -45,10 +50,14 @@ def save(file: Path, arrays: dict[str, np.ndarray]) -> dict[str, StoredTensor]:
     return read_header(file)[1]
 
 
-def one_weight(folder: Path, array: np.ndarray, role: str = "linear", scale: np.ndarray | None = None) -> Weight:
+def one_weight(
+    folder: Path, array: np.ndarray, role: str = "linear", scale: np.ndarray | None = None, block=(128, 128)
+) -> Weight:
     arrays = {"w": array} | ({} if scale is None else {"w_scale_inv": scale})
+    folder.mkdir(exist_ok=True)
     tensors = save(folder / "shard.safetensors", arrays)
-    return Weight("w", array.shape, role, tensors["w"], tensors.get("w_scale_inv"))
+    shape = (array.shape[0], 2 * array.shape[1]) if block == (1, 32) else array.shape
+    return Weight("w", shape, role, tensors["w"], tensors.get("w_scale_inv"), block)
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +247,130 @@ def test_two_source_shards_keep_their_names(tmp_path):
     placement = place(account.weights.values(), PRECISIONS["bf16"], tmp_path / "out")
     assert len(placement.linked) > 1
     check_pointed(account, placement, tmp_path / "out")
+
+
+E8M0 = ml_dtypes.float8_e8m0fnu
+
+
+@pytest.fixture
+def fp4(tmp_path) -> Weight:
+    """An expert of more rows than are converted at a time, with every multiplier that float32 has room for."""
+    rng = np.random.default_rng(0)
+    rows = 2 * module._WINDOW_ROWS + 70
+    packed = rng.integers(-128, 128, (rows, 48), np.int8)
+    scale = rng.integers(0, 250, (rows, 3), np.uint8)
+    scale[:250, 0] = np.arange(250)
+    return one_weight(tmp_path / "fp4", packed, "expert", scale.view(E8M0), (1, 32))
+
+
+def held(out: Path, placement: Placement) -> np.ndarray:
+    """What a graph computes from placed FP4 numbers and their multipliers."""
+    scale = placed_values(out, placement.tensors["w_scale_inv"]).astype(np.float32)
+    return placed_values(out, placement.tensors["w"]) * np.repeat(scale, 32, axis=1)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_packed_fp4_is_pointed_at(fp4, tmp_path, dtype):
+    weight = one_weight(tmp_path / "other", fp4.data.read().view(dtype), "expert", fp4.scale.read(), (1, 32))
+    placement = place([weight], PRECISIONS["mxfp4"], tmp_path / "out")
+    placed, scale = placement.tensors["w"], placement.tensors["w_scale_inv"]
+    assert (placed.offset, placed.nbytes) == (weight.data.offset, weight.data.nbytes)
+    assert (placed.dtype, placed.shape) == ("float4_e2m1fn", (weight.shape[0], 96))
+    assert placed.nbytes == weight.shape[0] * 96 // 2
+    assert placed_bytes(tmp_path / "out", placed) == weight.data.read().tobytes()
+    assert (scale.dtype, scale.shape) == ("bfloat16", (weight.shape[0], 3))
+    assert placement.written_bytes == 2 * weight.shape[0] * 3
+    # bfloat16 has them all, the subnormal 2**-127 too.
+    found = placed_values(tmp_path / "out", scale).astype(np.float64)
+    np.testing.assert_array_equal(found, 2.0 ** (weight.scale.read().view(np.uint8).astype(np.float64) - 127))
+    np.testing.assert_array_equal(held(tmp_path / "out", placement), weight.decode())
+    assert not is_converted(weight, PRECISIONS["mxfp4"])
+    np.testing.assert_array_equal(as_the_graph_holds(weight, PRECISIONS["mxfp4"]), weight.decode())
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_converted_to_fp4(tmp_path, stored):
+    array = np.random.default_rng(0).normal(size=(module._WINDOW_ROWS + 70, 96)).astype(np.float32)
+    scale = None
+    if stored == "float8_e4m3fn":
+        array, scale = quantize_blocks(array)
+    weight = one_weight(tmp_path, array.astype(np.dtype(getattr(ml_dtypes, stored, stored))), "expert", scale)
+    placement = place([weight], PRECISIONS["mxfp4"], tmp_path / "out")
+    wanted = dequantize_fp4(*quantize_fp4(weight.decode()))
+    np.testing.assert_array_equal(held(tmp_path / "out", placement), wanted)
+    assert is_converted(weight, PRECISIONS["mxfp4"])
+    np.testing.assert_array_equal(as_the_graph_holds(weight, PRECISIONS["mxfp4"]), wanted)
+    placed = placement.tensors["w"]
+    assert (placed.dtype, placed.shape, placed.nbytes) == ("float4_e2m1fn", weight.shape, weight.shape[0] * 48)
+    written = read_header(tmp_path / "out" / placed.location)[1]
+    assert (written["w"].dtype, written["w"].shape) == ("U8", (weight.shape[0], 48))
+    assert placement.written_bytes == sum(t.nbytes for t in written.values())
+
+
+def test_fp4_needs_whole_blocks(tmp_path):
+    with pytest.raises(NotSupported, match=r"w cannot be stored as FP4\n.*40 columns"):
+        place([one_weight(tmp_path, np.ones((4, 40), np.float32), "expert")], PRECISIONS["mxfp4"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_fp4_in_another_precision(fp4, tmp_path, precision):
+    """Dequantised a window at a time; as FP8 blocks it is quantised anew."""
+    found = PRECISIONS[precision]
+    placement = place([fp4], found, tmp_path / "out")
+    values = placed_values(tmp_path / "out", placement.tensors["w"])
+    if precision == "fp8":
+        w8, scale = quantize_blocks(fp4.decode())
+        assert placed_bytes(tmp_path / "out", placement.tensors["w"]) == w8.tobytes()
+        assert placed_bytes(tmp_path / "out", placement.tensors["w_scale_inv"]) == scale.tobytes()
+        values = dequantize_blocks(w8, scale, (128, 128))
+    else:
+        # Every FP4 product is a float32, and but for the least a bfloat16.
+        np.testing.assert_array_equal(values.astype(np.float32), fp4.decode())
+    np.testing.assert_array_equal(as_the_graph_holds(fp4, found), values.astype(np.float32))
+
+
+def test_fp4_keeps_other_roles_as_fp8_does(tmp_path):
+    array = np.random.default_rng(0).normal(size=(130, 160)).astype(np.float32)
+    w8, scale = quantize_blocks(array, power_of_two=True)
+    weight = one_weight(tmp_path / "fp8", w8, "linear", scale.astype(E8M0))
+    placement = place([weight], PRECISIONS["mxfp4"], tmp_path / "out")
+    assert placement.tensors["w"].offset == weight.data.offset
+    assert placement.tensors["w_scale_inv"].dtype == "float32"
+    for role, dtype in [("linear", "float8_e4m3fn"), ("projection", "bfloat16"), ("head", "bfloat16")]:
+        assert PRECISIONS["mxfp4"].weight_dtype(role) == dtype
+
+
+@pytest.mark.parametrize("role", ["hyper", "sink", "position_bias"])
+def test_what_steers_stays_wide(tmp_path, role):
+    array = np.array([0.1, -0.2], np.float32)
+    for precision in PRECISIONS:
+        weight = one_weight(tmp_path, array, role)
+        placement = place([weight], PRECISIONS[precision], tmp_path / precision)
+        assert placement.written_bytes == 0 and not is_converted(weight, PRECISIONS[precision])
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32])
+def test_hash_table(tmp_path, dtype):
+    array = np.random.default_rng(0).integers(0, 8, (module._WINDOW_ROWS + 5, 2)).astype(dtype)
+    for precision in PRECISIONS:
+        weight = one_weight(tmp_path, array, "hash_table")
+        placement = place([weight], PRECISIONS[precision], tmp_path / precision)
+        assert (placement.written_bytes == 0) == (dtype == np.int64)
+        found = placed_values(tmp_path / precision, placement.tensors["w"])
+        assert found.dtype == np.int64
+        np.testing.assert_array_equal(found, array)
+        assert not is_converted(weight, PRECISIONS[precision])
+        np.testing.assert_array_equal(as_the_graph_holds(weight, PRECISIONS[precision]), array)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_v4_checkpoint_is_pointed_at(tmp_path, fused):
+    account = audited(synth(presets.load("tiny-v4-fp4"), tmp_path / "hub", fused=fused))
+    placement = place(account.weights.values(), PRECISIONS["mxfp4"], tmp_path / "out")
+    for name, weight in account.weights.items():
+        placed = placement.tensors[name]
+        assert placed_bytes(tmp_path / "out", placed) == weight.data.read().tobytes(), name
+        assert (placed.offset, placed.shape) == (weight.data.offset, weight.shape)
+    # Multipliers alone are written: in bfloat16 for experts, in float32 for the other matrices.
+    scales = [(w.scale.nbytes, w.packed) for w in account.weights.values() if w.scale]
+    assert placement.written_bytes == sum(size * (2 if packed else 4) for size, packed in scales)

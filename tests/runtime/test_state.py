@@ -1,85 +1,112 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from v4export import presets
 from v4export.errors import BadInput
-from v4export.runtime.state import LatentState
+from v4export.runtime.state import State
+from v4export.state_contract import StateTensor, bytes_per_token, fixed_bytes, state_tensors
 
-LAYERS, WIDTH = 2, 3
-
-
-def empty(batch: int = 1, limit: int = 2000) -> LatentState:
-    return LatentState.empty(LAYERS, batch, WIDTH, np.dtype(np.float32), limit)
-
-
-def rows(sequence: int, layer: int, start: int, count: int) -> np.ndarray:
-    """What the graph writes for a token: a function of where it belongs."""
-    position = np.arange(start, start + count)[:, None]
-    return (sequence * 1e6 + layer * 1e4 + position + np.arange(WIDTH) / 10).astype(np.float32)
+#: Has a row per token, rows per 4 and per 128 tokens, and rings of 8, 16 and 128 rows.
+V4 = replace(presets.load("tiny-v4"), num_layers=3)
+V3 = presets.load("tiny-v3")
 
 
-def step(state: LatentState, S: int, lengths: list[int]) -> None:
-    """What an executor does: the graph writes S rows a sequence, of which some are padding."""
-    state.reserve(S)
-    for layer in range(LAYERS):
-        room = state.room(layer, S)
-        for b, start in enumerate(state.lengths_B):
-            room[b] = rows(b, layer, int(start), S)
-            room[b, lengths[b] :] = np.nan
+def empty(batch: int = 1, limit: int = 2000, config=V4) -> State:
+    return State.empty(config, batch, np.dtype(np.float32), limit)
+
+
+def rows(sequence: int, layer: int, tensor: StateTensor, numbers: np.ndarray) -> np.ndarray:
+    """What the graph returns for a row: a function of whose it is."""
+    return (sequence * 1e5 + layer * 1e4 + len(tensor.name) * 3e3 + numbers)[:, None].repeat(tensor.width, 1)
+
+
+def step(state: State, S: int, lengths: list[int]) -> None:
+    """What an executor does: the graph returns rows of all S tokens, of which the last may be padding."""
+    state.reserve(S, np.array(lengths))
+    for layer, buffers in enumerate(state.layers):
+        for name, buffer in buffers.items():
+            tensor, room = buffer.tensor, state.room(layer, name)
+            assert room.shape[1] == tensor.returned(S)
+            for b, start in enumerate(state.lengths_B.tolist()):
+                first, end = tensor.complete(start), tensor.complete(start + lengths[b])
+                room[b] = rows(b, layer, tensor, first + np.arange(room.shape[1]))
+                if state.single and S == 1 and tensor.ring:
+                    continue
+                room[b, end - first :] = np.nan
     state.commit(np.array(lengths))
 
 
-def check(state: LatentState) -> None:
-    for layer in range(LAYERS):
-        held = state.held(layer)
-        for b, length in enumerate(state.lengths_B):
-            np.testing.assert_array_equal(held[b, :length], rows(b, layer, 0, int(length)))
+def check(state: State) -> None:
+    """Every row that can be seen is where it belongs."""
+    for layer, buffers in enumerate(state.layers):
+        for name, buffer in buffers.items():
+            tensor, held = buffer.tensor, state.held(layer, name)
+            assert held.shape[1] >= 1
+            for b, length in enumerate(state.lengths_B.tolist()):
+                count = tensor.complete(length)
+                numbers = np.arange(max(0, count - (tensor.ring or count)), count)
+                wanted = rows(b, layer, tensor, numbers)
+                np.testing.assert_array_equal(held[b, numbers % tensor.ring if tensor.ring else numbers], wanted)
+                np.testing.assert_array_equal(state.rows(layer, name, b), wanted)
 
 
 def test_one_sequence_is_read_and_written_in_place():
     state = empty()
     step(state, 5, [5])
-    buffers = [b.ctypes.data for b in state.buffers]
-    for _ in range(20):
-        held, room = state.held(0), state.room(0, 1)
-        assert np.shares_memory(held, state.buffers[0]) and np.shares_memory(room, state.buffers[0])
-        assert room.ctypes.data == state.buffers[0].ctypes.data + held.nbytes
+    before = [b.array.ctypes.data for b in state.buffers]
+    for _ in range(200):
+        state.reserve(1)
+        for layer, buffers in enumerate(state.layers):
+            for name, buffer in buffers.items():
+                assert np.shares_memory(state.held(layer, name), buffer.array)
+                assert np.shares_memory(state.room(layer, name), buffer.array)
         step(state, 1, [1])
-    assert buffers == [b.ctypes.data for b in state.buffers]
-    assert state.held(1).shape == (1, 25, WIDTH)
+    assert before == [b.array.ctypes.data for b in state.buffers]
+    assert state.held(1, "entry").shape[1] == 205 // 4 and state.held(2, "entry").shape[1] == 1
     check(state)
 
 
 def test_capacity_doubles():
-    state, capacities = empty(limit=5000), []
+    state, capacities = empty(limit=5000, config=V3), []
     for _ in range(1100):
         step(state, 1, [1])
-        if state.buffers[0].shape[1] not in capacities:
-            capacities.append(state.buffers[0].shape[1])
+        if state.buffers[0].array.shape[1] not in capacities:
+            capacities.append(state.buffers[0].array.shape[1])
     assert capacities == [256, 512, 1024, 2048]
-    assert state.nbytes == LAYERS * 2048 * WIDTH * 4
+    assert state.nbytes == 2048 * bytes_per_token(V3, 4)
     check(state)
+
+
+def test_rings_and_entries_have_the_size_of_the_contract():
+    state = empty(limit=5000)
+    step(state, 1024, [1024])
+    spare = sum(4 * t.width for i in range(3) for t in state_tensors(V4, i) if t.every > 1)
+    assert state.nbytes == 1024 * bytes_per_token(V4, 4) + fixed_bytes(V4, 4) + spare
 
 
 def test_a_long_chunk_takes_what_it_needs():
     state = empty(limit=5000)
     step(state, 1500, [1500])
-    assert state.buffers[0].shape[1] == 1500
+    assert state.layers[1]["entry"].array.shape[1] == 376
     check(state)
 
 
+@pytest.mark.parametrize("config", [V3, V4], ids=["v3", "v4"])
 @pytest.mark.parametrize("limit", [10, 300])
-def test_limit(limit):
-    state = empty(limit=limit)
+def test_limit(limit, config):
+    state = empty(limit=limit, config=config)
     step(state, limit - 1, [limit - 1])
     with pytest.raises(BadInput, match=rf"{limit + 1} tokens, at most {limit}"):
         state.reserve(2)
     check(state)
     step(state, 1, [1])
-    assert state.buffers[0].shape[1] == limit and state.lengths_B.tolist() == [limit]
+    assert state.lengths_B.tolist() == [limit]
     check(state)
 
 
@@ -101,17 +128,18 @@ def test_limit_counts_the_longest_sequence():
             min_size=1,
             max_size=6,
         )
-    )
+    ),
+    st.sampled_from([V3, V4]),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
-def test_any_steps(steps):
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_steps(steps, config):
     """Padding is never kept, and nothing held moves, whatever the lengths."""
     batch = len(steps[0][1])
-    state = empty(batch)
+    state = empty(batch, config=config)
     for S, lengths in steps:
         before = state.lengths_B.copy()
-        step(state, S, [S] if batch == 1 else lengths)
-        assert (state.lengths_B == before + ([S] if batch == 1 else lengths)).all()
+        step(state, S, lengths)
+        assert (state.lengths_B == before + lengths).all()
         check(state)
 
 
@@ -124,10 +152,31 @@ def test_padding_of_one_sequence_is_overwritten():
 
 
 def test_a_full_sequence_may_stay_while_others_go_on():
-    state = LatentState.empty(layers=1, batch=2, width=3, dtype=np.dtype(np.float32), limit=8)
-    state.reserve(8, np.array([8, 2]))
-    state.room(0, 8)[:] = 1
-    state.commit(np.array([8, 2]))
+    state = empty(2, limit=8)
+    step(state, 8, [8, 2])
     state.reserve(4, np.array([0, 4]))  # the first is at its limit and only padded
     with pytest.raises(BadInput, match="longer than"):
         state.reserve(4, np.array([1, 4]))
+    step(state, 4, [0, 4])
+    check(state)
+
+
+@pytest.mark.parametrize(
+    ("preset", "growing"),
+    [
+        ("deepseek-v2-lite", 31_104),
+        ("deepseek-v3", 70_272),
+        ("deepseek-v3.2", 61 * (1152 + 256)),
+        ("deepseek-v4-flash", 6_880),
+        ("deepseek-v4-pro", 9_848),
+    ],
+)
+def test_bytes_per_token(preset, growing):
+    assert bytes_per_token(presets.load(preset)) == growing
+
+
+def test_fixed_bytes():
+    """Windows of 131,072 bytes a layer; projections of open entries: 80 KiB in a CSA layer, 512 KiB in an HCA layer."""
+    flash, pro = presets.load("deepseek-v4-flash"), presets.load("deepseek-v4-pro")
+    assert fixed_bytes(flash) == 43 * 131_072 + 21 * 80 * 1024 + 20 * 512 * 1024
+    assert fixed_bytes(pro) == 61 * 131_072 + 30 * 80 * 1024 + 31 * 512 * 1024

@@ -19,7 +19,7 @@ from v4export.graphs.lower import bodies_for_cpu
 from v4export.graphs.stamp import new_state_name, state_name
 from v4export.graphs.weights import numpy_dtype
 from v4export.precision import Precision
-from v4export.runtime.state import LatentState
+from v4export.runtime.state import State
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -64,15 +64,14 @@ class OnnxExecutor:
         self._session = _session(model, folder, device, self.taps, threads, prepack)
         self.tapped: dict[str, np.ndarray] = {}
 
-    def new_state(self, batch: int = 1) -> LatentState:
+    def new_state(self, batch: int = 1) -> State:
         """A state for ``batch`` sequences that holds no token."""
-        c = self.config
-        return LatentState.empty(c.num_layers, batch, c.latent_dim, self._state_dtype, self.max_seq_len)
+        return State.empty(self.config, batch, self._state_dtype, self.max_seq_len)
 
     def step(
         self,
         tokens_BS: np.ndarray,
-        state: LatentState,
+        state: State,
         *,
         logits_at_BQ: np.ndarray,
         lengths_B: np.ndarray | None = None,
@@ -95,10 +94,12 @@ class OnnxExecutor:
         arrays = {name: np.ascontiguousarray(value, np.int64) for name, value in fixed.items()}
         for name, array in arrays.items():
             binding.bind_input(name, "cpu", 0, np.int64, array.shape, _address(array))
-        for i in range(self.config.num_layers):
-            held, room = state.held(i), state.room(i, S)
-            binding.bind_input(state_name(i), "cpu", 0, self._state_type, held.shape, _address(held))
-            binding.bind_output(new_state_name(i), "cpu", 0, self._state_type, room.shape, _address(room))
+        for layer, buffers in enumerate(state.layers):
+            for name, buffer in buffers.items():
+                held, room = state.held(layer, name), state.room(layer, name)
+                kind = _FLOAT32 if buffer.tensor.float32 else self._state_type
+                binding.bind_input(state_name(layer, name), "cpu", 0, kind, held.shape, _address(held))
+                binding.bind_output(new_state_name(layer, name), "cpu", 0, kind, room.shape, _address(room))
         logits = np.empty((B, logits_at_BQ.shape[1], self.config.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, _address(logits))
         for name in self.taps:
@@ -111,6 +112,8 @@ class OnnxExecutor:
         state.commit(np.full(B, S) if lengths_B is None else lengths_B)
         return logits
 
+
+_FLOAT32 = int(ir.DataType.FLOAT)
 
 #: onnxruntime refuses a null address even for an empty tensor.
 _NOWHERE = np.zeros(1, np.int64)

@@ -1,4 +1,4 @@
-"""The cached rows of a batch of sequences, kept outside the graph and never copied per token."""
+"""What a batch of sequences has cached, kept outside the graph and never copied per token."""
 
 from __future__ import annotations
 
@@ -6,36 +6,82 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from v4export.config import ModelConfig
 from v4export.errors import BadInput
+from v4export.state_contract import StateTensor, state_tensors
 
 _FIRST_CAPACITY = 256
 
 
 @dataclass
-class LatentState:
-    """Per layer one buffer [B, C, W]; row j of a sequence is its token at position j.
-
-    With one sequence, the graph reads the first T rows of the buffer and writes the new ones straight behind them.
-    With several, whose lengths may differ, it reads the whole buffer (the graph ignores rows beyond each sequence's
-    length) and the new rows are put in their places afterwards.
+class Buffer:
+    """One tensor of a layer's state: where its rows are, and where a step's new ones go first.
 
     Attributes:
-        buffers: one per layer.
+        tensor: what it holds.
+        array: [B, capacity, W], or [B, ring, W].
+        scratch: [B, U, W], for new rows that cannot be written in their places.
+    """
+
+    tensor: StateTensor
+    array: np.ndarray
+    scratch: np.ndarray | None = None
+
+    def grow(self, rows: int) -> None:
+        """Make room for so many rows."""
+        batch, had, width = self.array.shape
+        if self.tensor.ring is None and rows > had:
+            old, self.array = self.array, np.zeros((batch, rows, width), self.array.dtype)
+            self.array[:, :had] = old
+
+    def take(self, b: int, first: int, new: np.ndarray) -> None:
+        """Put a sequence's new rows, numbered from ``first``, in their places."""
+        if self.tensor.ring is None:
+            self.array[b, first : first + len(new)] = new
+        else:
+            kept = new[-self.tensor.ring :] if len(new) else new
+            numbers = np.arange(first + len(new) - len(kept), first + len(new))
+            self.array[b, numbers % self.tensor.ring] = kept
+
+
+@dataclass
+class State:
+    """Buffers of every layer (``v4export/state_contract.py``).
+
+    With one sequence, the graph reads the rows it needs where they lie and writes new ones straight to their places.
+    With several, whose lengths may differ, it reads whole buffers (the graph ignores rows beyond each sequence's
+    length) and the new rows are put in their places afterwards; so are those of a ring, unless there is only one, whose
+    place is that of a row nobody needs any more.
+
+    Attributes:
+        layers: per layer, buffers by name.
         lengths_B: tokens held by each sequence.
         limit: most tokens a sequence may hold.
     """
 
-    buffers: list[np.ndarray]
+    layers: list[dict[str, Buffer]]
     lengths_B: np.ndarray
     limit: int
-    scratch: list[np.ndarray] = field(default_factory=list)
+    _capacity: int = 0
+    _steps: int = field(default=0)
 
     @classmethod
-    def empty(cls, layers: int, batch: int, width: int, dtype: np.dtype, limit: int) -> LatentState:
+    def empty(cls, config: ModelConfig, batch: int, dtype: np.dtype, limit: int) -> State:
         """A state that holds no token."""
-        capacity = min(_FIRST_CAPACITY, limit)
-        buffers = [np.zeros((batch, capacity, width), dtype) for _ in range(layers)]
-        return cls(buffers, np.zeros(batch, np.int64), limit)
+
+        def buffer(tensor: StateTensor) -> Buffer:
+            kind = np.dtype(np.float32) if tensor.float32 else dtype
+            return Buffer(tensor, np.zeros((batch, tensor.ring or 1, tensor.width), kind))
+
+        layers = [{t.name: buffer(t) for t in state_tensors(config, i)} for i in range(config.num_layers)]
+        state = cls(layers, np.zeros(batch, np.int64), limit)
+        state._grow(min(_FIRST_CAPACITY, limit))
+        return state
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """All of them, layer by layer."""
+        return [buffer for layer in self.layers for buffer in layer.values()]
 
     @property
     def single(self) -> bool:
@@ -45,7 +91,7 @@ class LatentState:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(b.nbytes for b in self.buffers)
+        return sum(b.array.nbytes for b in self.buffers)
 
     def reserve(self, S: int, lengths_B: np.ndarray | None = None) -> None:
         """Make room for a step of S tokens; capacity doubles, so that growing costs a constant per token.
@@ -64,33 +110,57 @@ class LatentState:
                 f"{longest} tokens, at most {self.limit}",
                 "export with a larger --max-seq-len",
             )
-        capacity = self.buffers[0].shape[1]
+        self._steps = S
         # Rows written in place include the padding's.
         needed = int(self.lengths_B[0]) + S if self.single else longest
-        if needed <= capacity:
-            return
-        capacity = max(needed, min(2 * capacity, self.limit))
-        for i, old in enumerate(self.buffers):
-            self.buffers[i] = np.zeros((old.shape[0], capacity, old.shape[2]), old.dtype)
-            self.buffers[i][:, : old.shape[1]] = old
+        if needed > self._capacity:
+            self._grow(max(needed, min(2 * self._capacity, self.limit)))
 
-    def held(self, layer: int) -> np.ndarray:
-        """What the graph reads: [B, T, W]."""
-        return self.buffers[layer][:, : self.lengths_B[0]] if self.single else self.buffers[layer]
+    def _grow(self, tokens: int) -> None:
+        self._capacity = tokens
+        for buffer in self.buffers:
+            # The rows a step returns may be one more than it completes.
+            buffer.grow(buffer.tensor.complete(tokens) + 1 if buffer.tensor.every > 1 else tokens)
 
-    def room(self, layer: int, S: int) -> np.ndarray:
-        """Where the graph writes S new rows: [B, S, W]."""
-        if self.single:
-            start = self.lengths_B[0]
-            return self.buffers[layer][:, start : start + S]
-        if not self.scratch or self.scratch[0].shape[1] != S:
-            self.scratch = [np.empty((b.shape[0], S, b.shape[2]), b.dtype) for b in self.buffers]
-        return self.scratch[layer]
+    def held(self, layer: int, name: str) -> np.ndarray:
+        """What the graph reads: [B, rows, W]; never without a row, since operators refuse to gather from nothing."""
+        buffer = self.layers[layer][name]
+        if not self.single or buffer.tensor.ring:
+            return buffer.array
+        return buffer.array[:, : max(1, buffer.tensor.complete(int(self.lengths_B[0])))]
+
+    def room(self, layer: int, name: str) -> np.ndarray:
+        """Where the graph writes the rows that the reserved step returns: [B, U, W]."""
+        buffer = self.layers[layer][name]
+        tensor, rows = buffer.tensor, buffer.tensor.returned(self._steps)
+        if self._in_place(tensor):
+            first = tensor.complete(int(self.lengths_B[0]))
+            first = first % tensor.ring if tensor.ring else first
+            return buffer.array[:, first : first + rows]
+        if buffer.scratch is None or buffer.scratch.shape[1] != rows:
+            buffer.scratch = np.empty((len(self.lengths_B), rows, tensor.width), buffer.array.dtype)
+        return buffer.scratch
+
+    def _in_place(self, tensor: StateTensor) -> bool:
+        return self.single and (tensor.ring is None or self._steps == 1)
 
     def commit(self, lengths_B: np.ndarray) -> None:
-        """Take the first ``lengths`` new rows of each sequence as held."""
-        if not self.single:
-            for buffer, new in zip(self.buffers, self.scratch, strict=True):
-                for b, (start, count) in enumerate(zip(self.lengths_B, lengths_B, strict=True)):
-                    buffer[b, start : start + count] = new[b, :count]
-        self.lengths_B = self.lengths_B + lengths_B
+        """Take the rows that the first ``lengths`` new tokens of each sequence complete as held."""
+        after_B = self.lengths_B + lengths_B
+        for buffer in self.buffers:
+            tensor, scratch = buffer.tensor, buffer.scratch
+            if self._in_place(tensor):
+                continue
+            assert scratch is not None
+            for b, (before, after) in enumerate(zip(self.lengths_B.tolist(), after_B.tolist(), strict=True)):
+                first = tensor.complete(before)
+                buffer.take(b, first, scratch[b, : tensor.complete(after) - first])
+        self.lengths_B = after_B
+
+    def rows(self, layer: int, name: str, b: int) -> np.ndarray:
+        """A sequence's rows that can still be seen, oldest first: [n, W]."""
+        buffer = self.layers[layer][name]
+        count, ring = buffer.tensor.complete(int(self.lengths_B[b])), buffer.tensor.ring
+        if ring is None:
+            return buffer.array[b, :count]
+        return buffer.array[b, np.arange(max(0, count - ring), count) % ring]

@@ -40,7 +40,8 @@ def experts(folder: Path, order: tuple[str, ...]) -> ir.Model:
     )  # fmt: skip
     b = Body()
     matrices = [weights[f"{e}.{part}"] for part in SHAPES for e in range(E)]
-    y = b.op("MoeExperts", x, share, chosen, *matrices, domain="v4", num_experts=E, rows=128, columns=128, fp8=0)
+    attributes = dict(num_experts=E, rows=128, columns=128, format="", limit=0.0)
+    y = b.op("MoeExperts", x, share, chosen, *matrices, domain="v4", **attributes)
     y.dtype, y.shape = ir.DataType.FLOAT, ir.Shape([None, D])
     out = b.op("Identity", y)
     out.name, out.dtype, out.shape = "y", ir.DataType.FLOAT, ir.Shape(["M", D])

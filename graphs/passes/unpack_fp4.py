@@ -1,0 +1,92 @@
+"""Packed E2M1 matrices widened with a table, for onnxruntime on a CPU, which has no kernel that takes their type.
+
+An initialiser of type FLOAT4E2M1 is declared again as the bytes it lies in, two numbers each, and what ``Cast`` would
+have made of it, the first thing that the body of ``TRT_BlockDequantize`` does, is looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from v4export.plugins.function_body import Body
+from v4export.plugins.moe_experts.op import E2M1
+
+#: The two numbers of each byte, float32 [256, 2]: the even column's in the low bits.
+PAIRS = np.array([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], np.float32)
+
+
+def unpack_fp4(model: ir.Model) -> bool:
+    """Replace in place every Cast and Shape of a FLOAT4E2M1 initialiser; functions must have been inlined.
+
+    Returns:
+        Whether there was any.
+    """
+    graph = model.graph
+    nodes = [n for n in graph if n.op_type in _READERS and n.inputs and _is_packed(n.inputs[0])]
+    for node in nodes:
+        body = Body(f"{node.name or node.outputs[0].name}.")
+        y, old = _READERS[node.op_type](body, node, graph), node.outputs[0]
+        y.name, y.type, y.shape = old.name, old.type, old.shape
+        old.name = f"{old.name}.replaced"
+        ir.convenience.replace_nodes_and_values(graph, node, [node], body.nodes, [old], [y])
+    for name in [name for name, value in graph.initializers.items() if _is_packed(value) and not value.uses()]:
+        graph.initializers.pop(name)
+    return bool(nodes)
+
+
+def shared(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The graph's initialiser of that name, made if it is not there."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.register_initializer(
+            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        )
+    return graph.initializers[name]
+
+
+def _is_packed(value: ir.Value | None) -> bool:
+    tensor = value.const_value if value is not None else None
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT4E2M1
+
+
+def _cast(b: Body, node: ir.Node, graph: ir.Graph) -> ir.Value:
+    packed = node.inputs[0]
+    assert packed is not None
+    codes = b.cast(_as_bytes(packed, graph), ir.DataType.INT32)
+    numbers = b.op("Gather", shared(graph, "table.e2m1_pairs", PAIRS), codes, axis=0)
+    return b.cast(b.reshape(numbers, *_sizes(packed)), ir.DataType(node.attributes["to"].as_int()))
+
+
+def _shape(b: Body, node: ir.Node, graph: ir.Graph) -> ir.Value:
+    assert node.inputs[0] is not None and not {"start", "end"} & node.attributes.keys()
+    return b.const(_sizes(node.inputs[0]))
+
+
+_READERS: dict[str, Callable[[Body, ir.Node, ir.Graph], ir.Value]] = {"Cast": _cast, "Shape": _shape}
+
+
+def _sizes(packed: ir.Value) -> list[int]:
+    assert packed.const_value is not None
+    return [int(d) for d in packed.const_value.shape]  # type: ignore[arg-type]
+
+
+def _as_bytes(packed: ir.Value, graph: ir.Graph) -> ir.Value:
+    """The initialiser's bytes as uint8 [..., columns / 2]."""
+    tensor, name = packed.const_value, f"{packed.name}.bytes"
+    assert tensor is not None
+    if name in graph.initializers:
+        return graph.initializers[name]
+    *outer, columns = _sizes(packed)
+    shape = [*outer, columns // 2]
+    if not isinstance(tensor, ir.ExternalTensor):
+        return shared(graph, name, np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape))
+    again = ir.ExternalTensor(
+        tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8, shape=ir.Shape(shape), name=name,
+        base_dir=tensor.base_dir,
+    )  # fmt: skip
+    value = ir.Value(name=name, shape=again.shape, type=ir.TensorType(again.dtype), const_value=again)
+    graph.register_initializer(value)
+    return value

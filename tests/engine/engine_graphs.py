@@ -88,6 +88,20 @@ def fp8_linear(rows: int = 1200, columns: int = 1088, transpose: bool = True) ->
     )
 
 
+def fp4_linear(rows: int = 256, columns: int = 512) -> onnx.ModelProto:
+    """y = x W^T with W in packed E2M1 and a power of two for 32 columns of a row, dequantised to bf16."""
+    packed = tensor("W", (rows, columns), ml_dtypes.float4_e2m1fn)
+    powers = np.exp2(_RNG.integers(-4, 2, (rows, columns // 32))).astype(ml_dtypes.bfloat16)
+    nodes = [dequantize("W", "scale", "wide", [1, 32]), node("Transpose", ["wide"], ["turned"], perm=[1, 0])]
+    return model(
+        [*nodes, node("MatMul", ["x", "turned"], ["y"])],
+        [value("x", TensorProto.BFLOAT16, ["B", "S", columns])],
+        [value("y", TensorProto.BFLOAT16, ["B", "S", rows])],
+        [packed, numpy_helper.from_array(powers, "scale")],
+        [dequantize_function()],
+    )
+
+
 def cached_model(layers: int = 2, hidden: int = 64, vocabulary: int = 96) -> onnx.ModelProto:
     """The state contract in small: embedding, layers that attend to cached and new rows, logits at chosen positions."""
     kind = TensorProto.BFLOAT16

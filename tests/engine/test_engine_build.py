@@ -14,6 +14,7 @@ from engine_graphs import (
     dequantize,
     dequantize_function,
     experts_loop,
+    fp4_linear,
     fp8_linear,
     linear,
     model,
@@ -62,6 +63,26 @@ def test_fp8_blocks_stay_fp8(tmp_path, transpose):
     assert report.layers["DEQUANTIZE"] == 1
     assert weights < report.bytes < weights + 2**20
     assert dict(report.proofs)["weights are stored as fp8"].startswith("constants in the plan: fp8_e4m3")
+
+
+def test_fp4_blocks_stay_fp4(tmp_path):
+    rows, columns = 1024, 2048
+    report = build(fp4_linear(rows, columns), tmp_path, "mxfp4", external=True)
+    stored = rows * columns // 2 + rows * columns // 32 * 2
+    assert report.targets == ("sm120", "sm121")
+    assert report.layers["DEQUANTIZE"] == 1
+    assert stored < report.bytes < stored + 2**20
+    assert dict(report.proofs)["weights are stored as fp4"].startswith("constants in the plan: fp4_e2m1")
+
+
+def test_fp4_for_a_gpu_without_it(tmp_path):
+    with pytest.raises(BadInput, match="has no mxfp4"):
+        build(fp4_linear(), tmp_path, "mxfp4", targets=["sm89"])
+    with pytest.raises(BadInput, match=r"cannot be compiled for sm89\n.*fp4_e2m1"):
+        build(fp4_linear(), tmp_path, "bf16", targets=["sm89"])
+    with pytest.raises(BadInput, match="mxfp4 was asked for, and the graph does not use it"):
+        build(fp8_linear(), tmp_path, "mxfp4")
+    assert left(tmp_path) == ["model.onnx"]
 
 
 def test_repeated_builds_are_identical(tmp_path):
@@ -172,9 +193,13 @@ def test_time_limit(tmp_path):
 
 def test_interrupt_ends_the_child(tmp_path):
     def interrupt(line: str) -> None:
-        child().suspend()  # so that the parent is surely waiting for it
-        os.kill(os.getpid(), signal.SIGINT)
+        # Once: lines that the child wrote before still come, and a second signal would interrupt the cleaning up.
+        if not done:
+            done.append(child())
+            done[0].suspend()  # so that the parent is surely waiting for it
+            os.kill(os.getpid(), signal.SIGINT)
 
+    done: list[psutil.Process] = []
     with pytest.raises(KeyboardInterrupt):
         build(experts_loop(8, 1024), tmp_path, "fp16", on_line=interrupt)
     assert left(tmp_path) == ["model.onnx"]

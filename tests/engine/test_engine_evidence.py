@@ -4,7 +4,7 @@ import struct
 from collections import Counter
 
 import pytest
-from engine_graphs import fp8_linear, linear, save
+from engine_graphs import fp4_linear, fp8_linear, linear, save
 
 from v4export.engine.evidence import (
     NetworkFacts,
@@ -43,6 +43,40 @@ def test_widened_weights_are_noticed(tmp_path, constants, holds):
     assert outcome(tmp_path, plan(constants), weights)["weights are stored as fp8"] is holds
 
 
+FP4 = 64 << 20
+BLACKWELL = WeightFacts({"fp4": FP4, "fp8": FP4 // 8, "bf16": FP4 // 4}, {})
+
+
+@pytest.mark.parametrize(
+    ("constants", "fp4", "fp8"),
+    [
+        ({"fp4_e2m1": FP4, "fp8_e4m3": FP4 // 8, "bf16": FP4 // 4}, True, True),
+        ({"fp4_e2m1": 2 * FP4, "fp8_e4m3": FP4 // 4, "bf16": FP4 // 2}, True, True),
+        ({"fp8_e4m3": 2 * FP4 + FP4 // 8, "bf16": FP4 // 4}, False, True),
+        ({"bf16": 4 * FP4 + FP4 // 4, "fp8_e4m3": FP4 // 8}, False, False),
+        ({"fp4_e2m1": FP4 // 2, "fp8_e4m3": FP4 + FP4 // 8, "bf16": FP4 // 4}, False, True),
+        ({"fp4_e2m1": FP4, "bf16": FP4 // 2}, False, False),
+    ],
+    ids=["kept", "listed once a profile", "widened to fp8", "widened", "half widened to fp8", "linears widened"],
+)
+def test_both_formats_of_mxfp4_are_looked_for(tmp_path, constants, fp4, fp8):
+    found = outcome(tmp_path, plan(constants, targets=("sm120",)), BLACKWELL, ("sm120",), "mxfp4")
+    assert (found["weights are stored as fp4"], found["weights are stored as fp8"]) == (fp4, fp8)
+
+
+def test_bytes_of_packed_weights(tmp_path):
+    weights = read_weights(save(fp4_linear(), tmp_path, external=True), "mxfp4")
+    assert weights.sizes == {"fp4": 256 * 512 // 2, "bf16": 256 * 512 // 32 * 2}
+    ((row,),) = weights.samples["fp4"].values()
+    assert len(row) == 256
+    content = (tmp_path / "weights.bin").read_bytes()
+    assert content.count(row) == 1 and content.index(row) % 256 == 0
+    path = tmp_path / "plan"
+    for text, holds in ((row, True), (row[::-1], False)):
+        path.write_bytes(b"something" * 100 + text + b"else")
+        assert outcome(path, read_plan(path), weights, precision="mxfp4") == {"weights are stored as fp4": holds}
+
+
 def test_targets_and_length(tmp_path):
     found = outcome(tmp_path, plan({}, size=90, targets=("sm86",)), WeightFacts({}, {}))
     assert found == {"the plan is complete": False, "it is for the targets asked for": False}
@@ -51,7 +85,7 @@ def test_targets_and_length(tmp_path):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_without_a_listing_the_bytes_decide(tmp_path, transposed):
     weights = read_weights(save(fp8_linear(), tmp_path, external=True), "fp8")
-    (row, column) = weights.samples["W"]
+    (row, column) = weights.samples["fp8"]["W"]
     path = tmp_path / "plan"
     path.write_bytes(b"something" * 100 + (column if transposed else row) + b"else")
     assert outcome(path, read_plan(path), weights) == {"weights are stored as fp8": True}
@@ -61,7 +95,7 @@ def test_without_a_listing_the_bytes_decide(tmp_path, transposed):
 
 def test_weights_of_a_file(tmp_path):
     facts = read_weights(save(linear("bf16"), tmp_path), "bf16")
-    assert facts.sizes == {"bf16": 256 * 200 * 2} and len(facts.samples["W"][0]) == 256
+    assert facts.sizes == {"bf16": 256 * 200 * 2} and len(facts.samples["bf16"]["W"][0]) == 256
 
 
 def test_header(tmp_path):
@@ -79,6 +113,8 @@ def test_header(tmp_path):
         ("fp8", NetworkFacts(matrix=Counter(BF16=3)), False),
         ("fp8", NetworkFacts(matrix=Counter(BF16=3), dequantized=Counter(FP8=3)), True),
         ("fp8", NetworkFacts(dequantized=Counter(INT4=3)), False),
+        ("mxfp4", NetworkFacts(matrix=Counter(BF16=3), dequantized=Counter(FP8=3, FP4=9)), True),
+        ("mxfp4", NetworkFacts(matrix=Counter(BF16=3), dequantized=Counter(FP8=3)), False),
     ],
 )
 def test_network(precision, facts, holds):

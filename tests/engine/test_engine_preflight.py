@@ -40,6 +40,54 @@ def test_topk_limit(k, found, form):
     assert rules(proto) == found
 
 
+@pytest.mark.parametrize(("k", "found"), [(3840, set()), (3841, {"topk-limit"})])
+def test_topk_that_takes_all_where_there_are_fewer(k, found):
+    """As a body does that selects from a cache: k is the less of a constant and of a size known at run time."""
+    body = [
+        node("Constant", [], ["most"], value_ints=[k]),
+        node("Shape", ["x"], ["size"], start=1),
+        node("Min", ["most", "size"], ["k"]),
+        node("TopK", ["x", "k"], ["y", "i"]),
+    ]
+    function = helper.make_function("v4", "Select", ["x"], ["y"], body, OPSETS)
+    assert rules(graph_of(node("Select", ["x"], ["y"], domain="v4"), functions=[function])) == found
+
+
+def test_topk_of_unknown_size():
+    assert rules(graph_of(node("Shape", ["x"], ["k"], start=1), node("TopK", ["x", "k"], ["y", "i"]))) == set()
+
+
+def stack(count: int, rows: int, columns: int, layers: int = 1):
+    """Matrices that are stacked inside a function, and inside another function within it."""
+    names = [f"m{i}" for i in range(count)]
+    joined = node("Concat", ["a", "b"], ["y"], axis=0)
+    inner = helper.make_function("v4", "Join", ["a", "b"], ["y"], [joined], OPSETS)
+    calls, last = [], names[0]
+    for i, name in enumerate(names[1:]):
+        calls.append(node("Join", [last, name], [f"s{i}"], domain="v4"))
+        last = f"s{i}"
+    calls.append(node("Gather", [last, "at"], ["y"], axis=0))
+    outer = helper.make_function("v4", "Stack", ["at", *names], ["y"], calls, [*OPSETS])
+    weights = []
+    for name in names:
+        weight = onnx.TensorProto(name=name, data_type=TensorProto.FLOAT16, dims=[1, rows, columns])
+        weight.data_location = TensorProto.EXTERNAL
+        weights.append(weight)
+    nodes = [node("Stack", ["at", *names], [f"y{i}"], domain="v4") for i in range(layers)]
+    at = value("at", TensorProto.INT64, ["M"])
+    return model(nodes, [at], [value("y0", TensorProto.FLOAT16, None)], weights, [outer, inner])
+
+
+@pytest.mark.parametrize(("rows", "found"), [(2**13 - 1, 0), (2**13, 1)])
+def test_tensors_that_only_a_body_makes(rows, found):
+    """4 matrices of rows * 2**16 numbers; layers that are alike are looked at once."""
+    problems = [p for p in preflight(stack(4, rows, 2**16, layers=3)) if p.rule == "large-tensor"]
+    assert len(problems) == found
+    for problem in problems:
+        assert problem.severity == "error" and problem.where == "Stack_y0"
+        assert "[4, 8192, 65536] has 2147483648 elements, more than 2147483647" in problem.message
+
+
 def test_topk_outputs_must_be_named():
     proto = graph_of(helper.make_node("TopK", ["x", "k"], ["", "i"]), initialisers=[ints("k", [1])])
     assert rules(proto) == {"unnamed-output"}

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from engine_graphs import linear, save
 
+from v4export import presets
 from v4export.engine.profiles import ShapeOverride, derive_profiles, input_dims, parse_shapes
 from v4export.errors import BadInput
+from v4export.runtime.state import State
+from v4export.state_contract import state_tensors
 
 INPUTS = {
     "input_ids": ("B", "S"),
     "position": ("B",),
     "logits_at": ("B", "Q"),
     "state.0.latent": ("B", "T", 576),
+    "state.1.entry": ("B", "T/4", 512),
+    "state.2.entry": ("B", "T/128", 512),
+    "state.2.window": ("B", 128, 512),
     "fixed": (3, 4),
 }
 SIZES = {"max_batch": 4, "max_seq_len": 1024, "max_chunk": 128}
@@ -19,14 +26,52 @@ SIZES = {"max_batch": 4, "max_seq_len": 1024, "max_chunk": 128}
 def test_two_profiles():
     decode, prefill = derive_profiles(INPUTS, **SIZES)
     assert (decode.name, prefill.name) == ("decode", "prefill")
-    assert decode.shapes == {
+    batch = {
+        "state.1.entry": ((1, 1, 512), (4, 128, 512), (4, 257, 512)),
+        "state.2.entry": ((1, 1, 512), (4, 4, 512), (4, 9, 512)),
+        "state.2.window": ((1, 128, 512), (4, 128, 512), (4, 128, 512)),
+    }
+    assert decode.shapes == batch | {
         "input_ids": ((1, 1), (4, 1), (4, 1)),
         "position": ((1,), (4,), (4,)),
         "logits_at": ((1, 1), (4, 1), (4, 1)),
-        "state.0.latent": ((1, 0, 576), (4, 512, 576), (4, 1024, 576)),
+        "state.0.latent": ((1, 1, 576), (4, 512, 576), (4, 1024, 576)),
     }
     assert prefill.shapes["input_ids"] == ((1, 1), (1, 128), (4, 128))
     assert prefill.shapes["logits_at"] == ((1, 1), (1, 1), (4, 128))
+
+
+@pytest.mark.parametrize("every", [2, 3, 7, 128, 1000])
+@pytest.mark.parametrize("length", [1, 5, 128, 1024])
+def test_every_number_of_rows_the_runtime_binds(every, length):
+    """One sequence: rows its tokens complete, never none. Several: a buffer with a row more than that."""
+    inputs = {"a": ("B", "T", 8), "b": ("B", f"T/{every}", 8)}
+    for profile in derive_profiles(inputs, max_batch=2, max_seq_len=length, max_chunk=4):
+        least, likely, most = (shape[1] for shape in profile.shapes["b"])
+        bound = [max(1, tokens // every) for tokens in range(length + 1)] + [length // every + 1]
+        assert least == min(bound) == 1 and most == max(bound) and least <= likely <= most
+        assert profile.shapes["a"][0][1] == 1 and profile.shapes["a"][2][1] == length
+
+
+def test_the_runtime_binds_no_other_number_of_rows():
+    """State and profile agree about the buffers, whatever the batch."""
+    config = presets.load("tiny-v4")
+    for batch in (1, 3):
+        state = State.empty(config, batch, np.dtype(np.float32), limit=300)
+        inputs = {
+            f"{i}.{t.name}": ("B", t.held_dim, t.width)
+            for i in range(config.num_layers)
+            for t in state_tensors(config, i)
+        }
+        (profile,) = derive_profiles(inputs, max_batch=batch, max_seq_len=300, max_chunk=1)
+        for _ in range(300):
+            state.reserve(1)
+            for name, (least, _, most) in profile.shapes.items():
+                layer, _, tensor = name.partition(".")
+                bound = state.held(int(layer), tensor).shape
+                assert bound[0] == batch and least[1] <= bound[1] <= most[1]
+                state.room(int(layer), tensor)
+            state.commit(np.ones(batch, np.int64))
 
 
 def test_one_profile_when_chunks_are_single_tokens():
@@ -37,7 +82,7 @@ def test_none_for_a_static_graph():
     assert derive_profiles({"x": (1, 2)}, **SIZES) == ()
 
 
-@pytest.mark.parametrize("dim", ["", "N"])
+@pytest.mark.parametrize("dim", ["", "N", "S/4", "T/", "T/0", "T/x", "T/-4"])
 def test_dimension_without_a_size(dim):
     with pytest.raises(BadInput, match="axis 1 of input x"):
         derive_profiles({"x": ("B", dim)}, **SIZES)
@@ -53,7 +98,17 @@ def test_override_carries_letters_over():
     (profile,) = derive_profiles(INPUTS, **SIZES, override=given)
     assert profile.shapes["input_ids"] == ((1, 1), (2, 4), (2, 16))
     assert profile.shapes["position"] == ((1,), (2,), (2,))
-    assert profile.shapes["state.0.latent"] == ((1, 0, 576), (2, 512, 576), (2, 1024, 576))
+    assert profile.shapes["state.0.latent"] == ((1, 1, 576), (2, 512, 576), (2, 1024, 576))
+
+
+def test_override_of_tokens_reaches_the_rows_that_stand_for_several():
+    given = ShapeOverride.parse("state.0.latent:1x8x576", "state.0.latent:2x100x576", "state.0.latent:2x600x576")
+    (profile,) = derive_profiles(INPUTS, **SIZES, override=given)
+    assert profile.shapes["state.1.entry"] == ((1, 2, 512), (2, 25, 512), (2, 151, 512))
+    given = ShapeOverride.parse(None, "state.1.entry:2x7x512", None)
+    (profile,) = derive_profiles(INPUTS, **SIZES, override=given)
+    assert profile.shapes["state.1.entry"] == ((2, 7, 512),) * 3
+    assert profile.shapes["state.2.entry"] == ((2, 1, 512), (2, 4, 512), (2, 9, 512))
 
 
 def test_override_of_one_bound_fixes_the_shape():

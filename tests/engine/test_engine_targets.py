@@ -2,7 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from v4export.engine.targets import TARGETS, find_target, resolve_targets, support_markdown, support_rows
+from v4export import precision
+from v4export.engine.targets import (
+    FALLBACK,
+    FALLBACK_NOTES,
+    PRECISIONS,
+    TARGETS,
+    fallback,
+    find_target,
+    resolve_targets,
+    support_markdown,
+    support_rows,
+)
 from v4export.errors import BadInput, NotSupported
 
 
@@ -36,6 +47,7 @@ def test_unknown_name_offers_close_ones():
         ("fp32", ["sm80", "sm86", "sm89", "sm120", "sm121"]),
         ("bf16", ["sm80", "sm86", "sm89", "sm120", "sm121"]),
         ("fp8", ["sm89", "sm120", "sm121"]),
+        ("mxfp4", ["sm120", "sm121"]),
     ],
 )
 def test_defaults_of_rtx(precision, expected):
@@ -47,6 +59,9 @@ def test_standard_builds_for_what_is_present():
     assert names(None, "fp16", "tensorrt", ["sm75"]) == ["sm75"]
     with pytest.raises(NotSupported, match="no target with fp8"):
         resolve_targets(None, "fp8", "tensorrt", ["sm80"])
+    assert names(None, "mxfp4", "tensorrt", ["sm100"]) == ["sm100"]
+    with pytest.raises(NotSupported, match="no target with mxfp4"):
+        resolve_targets(None, "mxfp4", "tensorrt", ["sm90"])
 
 
 def test_order_and_repeats():
@@ -58,6 +73,39 @@ def test_precision_the_target_lacks():
         resolve_targets(["rtx3090"], "fp8", "tensorrt_rtx")
     assert e.value.exit_code == 2
     assert "sm86" in str(e.value) and "fp16, bf16" in str(e.value) and "sm89, sm120, sm121" in str(e.value)
+
+
+@pytest.mark.parametrize(("target", "offered"), [("sm89", True), ("sm80", False)])
+def test_another_precision_is_offered_only_where_the_target_has_it(target, offered):
+    with pytest.raises(BadInput, match="has no mxfp4") as e:
+        resolve_targets([target], "mxfp4", "tensorrt_rtx")
+    assert ("such as fp8" in str(e.value)) is offered
+
+
+NO_FP4 = "no FP4: experts are FP8 E4M3 in blocks of 128x128"
+
+
+@pytest.mark.parametrize(
+    ("targets", "precision", "expected"),
+    [
+        (["sm89"], "mxfp4", ("fp8", f"sm89 has {NO_FP4}")),
+        (["rtx5090", "h200", "sm89"], "mxfp4", ("fp8", f"sm89 and sm90 have {NO_FP4}")),
+        (["rtx5090", "gb10"], "mxfp4", ("mxfp4", None)),
+        (["sm80", "sm120"], "mxfp4", ("mxfp4", None)),  # FP8 would help sm80 no more than FP4
+        (["sm80"], "fp8", ("fp8", None)),
+        ([], "mxfp4", ("mxfp4", None)),
+    ],
+)
+def test_fallback(targets, precision, expected):
+    assert fallback(targets, precision) == expected
+
+
+def test_every_fallback_has_a_note_and_is_a_precision():
+    assert FALLBACK.keys() == FALLBACK_NOTES.keys() and {*FALLBACK, *FALLBACK.values()} <= {*PRECISIONS}
+
+
+def test_precisions_are_those_of_the_graph():
+    assert set(PRECISIONS) == set(precision.PRECISIONS)
 
 
 def test_target_of_the_other_package():
@@ -77,11 +125,11 @@ def test_the_table_says_what_resolve_does():
     assert len(rows) == len(TARGETS) and all(len(row) == len(header) for row in rows)
     assert support_markdown().count("\n") == len(rows) + 1
     for row in rows:
-        for precision in ("fp32", "fp16", "bf16", "fp8"):
-            ok = row[header.index(precision)] == "yes"
+        for name in PRECISIONS:
+            ok = row[header.index(name)] == "yes"
             package = row[2]
             try:
-                resolve_targets([row[0]], precision, package, [row[0]])
+                resolve_targets([row[0]], name, package, [row[0]])
                 assert ok
             except BadInput:
                 assert not ok

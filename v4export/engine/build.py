@@ -84,7 +84,7 @@ def build_engine(
     Args:
         onnx: the graph; external data is found beside it.
         engine: the file to write; one that is there is replaced when the build has succeeded.
-        precision: fp32, fp16, bf16 or fp8; the build fails if the engine does not hold it.
+        precision: one of ``targets.PRECISIONS``; the build fails if the engine does not hold it.
         targets: compute capabilities or device names; see ``resolve_targets``.
         backend: tensorrt or tensorrt_rtx; see ``choose_backend``.
         max_batch: largest B.

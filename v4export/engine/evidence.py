@@ -14,11 +14,12 @@ GPU is comes from TensorRT's own inspector.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,40 @@ from onnx.external_data_helper import ExternalDataInfo
 
 MAGIC = b"vtrt"
 MASK_BITS = {"sm75": 1, "sm80": 2, "sm86": 4, "sm89": 8, "sm120": 16, "sm121": 32}
-NETWORK_NAMES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "fp8": "FP8"}
-PLAN_NAMES = {"fp32": "float", "fp16": "half", "bf16": "bf16", "fp8": "fp8_e4m3"}
-ONNX_TYPES = {
-    "fp32": onnx.TensorProto.FLOAT,
-    "fp16": onnx.TensorProto.FLOAT16,
-    "bf16": onnx.TensorProto.BFLOAT16,
-    "fp8": onnx.TensorProto.FLOAT8E4M3FN,
-}
 MATRIX_LAYERS = ("MATRIX_MULTIPLY", "EINSUM", "CONVOLUTION", "ATTENTION_INPUT", "MOE")
-_BITS: dict[int, int] = {onnx.TensorProto.FLOAT: 32, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.BFLOAT16: 16}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of stored weights: its types in ONNX, the parsed network and the plan, and bits of a number."""
+
+    onnx: int
+    network: str
+    plan: str
+    bits: int
+
+    def size(self, dims: Sequence[int]) -> int:
+        """Bytes of a tensor."""
+        return math.prod(dims) * self.bits // 8
+
+
+FORMATS = {
+    "fp32": Format(onnx.TensorProto.FLOAT, "FLOAT", "float", 32),
+    "fp16": Format(onnx.TensorProto.FLOAT16, "HALF", "half", 16),
+    "bf16": Format(onnx.TensorProto.BFLOAT16, "BF16", "bf16", 16),
+    "fp8": Format(onnx.TensorProto.FLOAT8E4M3FN, "FP8", "fp8_e4m3", 8),
+    "fp4": Format(onnx.TensorProto.FLOAT4E2M1, "FP4", "fp4_e2m1", 4),
+}
+#: Formats that a precision stores weights in and that must be found again; the network has to use the first.
+STORED = {
+    "fp32": ("fp32",),
+    "fp16": ("fp16",),
+    "bf16": ("bf16",),
+    "fp8": ("fp8",),
+    "mxfp4": ("fp4", "fp8"),
+}
+#: Formats that a dequantising layer widens before anything else can take them.
+QUANTIZED = ("fp8", "fp4")
 # Tables that the compiler computes once, and constants of its own, are wider than the weights and need not be few.
 _WIDER_ALLOWED = 1.1
 _SMALL = 1 << 20
@@ -81,10 +106,10 @@ class PlanFacts:
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """The ONNX file's initialisers: bytes by precision, and samples of those in the precision asked for."""
+    """The ONNX file's initialisers: bytes by format, and runs of bytes of some of those in the formats asked for."""
 
     sizes: dict[str, int]
-    samples: dict[str, tuple[bytes, bytes]]
+    samples: dict[str, dict[str, tuple[bytes, ...]]]
 
 
 def read_network(network: Any) -> NetworkFacts:
@@ -129,25 +154,31 @@ def _constants(plan: mmap.mmap) -> dict[str, int]:
 def read_weights(path: Path, precision: str) -> WeightFacts:
     """Sizes of an ONNX file's initialisers, reading only the bytes of the samples."""
     proto = onnx.load(path, load_external_data=False)
+    names = {one.onnx: name for name, one in FORMATS.items()}
     sizes: Counter[str] = Counter()
-    names = {kind: name for name, kind in ONNX_TYPES.items()}
-    matrices = []
+    matrices: dict[str, list[onnx.TensorProto]] = {name: [] for name in STORED[precision]}
     for tensor in proto.graph.initializer:
         name = names.get(tensor.data_type)
         if name is None:
             continue
-        sizes[name] += int(np.prod(tensor.dims, dtype=np.int64)) * _bits(tensor.data_type) // 8
-        if name == precision and len(tensor.dims) >= 2 and np.prod(tensor.dims) >= _RUN:
-            matrices.append(tensor)
-    step = max(1, len(matrices) // _SAMPLES)
-    samples = {t.name: run for t in matrices[::step] if (run := _runs(t, path.parent)) is not None}
+        sizes[name] += FORMATS[name].size(tensor.dims)
+        if name in matrices and len(tensor.dims) >= 2 and FORMATS[name].size(tensor.dims) >= _RUN:
+            matrices[name].append(tensor)
+    samples = {name: _samples(FORMATS[name], found, path.parent) for name, found in matrices.items()}
     return WeightFacts(dict(sizes), samples)
 
 
-def _runs(tensor: onnx.TensorProto, folder: Path) -> tuple[bytes, bytes] | None:
-    """A run along a middle row and one along a middle column; None where too uniform to be recognised."""
-    width = _bits(tensor.data_type) // 8
-    count = int(np.prod(tensor.dims, dtype=np.int64)) * width
+def _samples(stored: Format, matrices: Sequence[onnx.TensorProto], folder: Path) -> dict[str, tuple[bytes, ...]]:
+    few = matrices[:: max(1, len(matrices) // _SAMPLES)]
+    return {tensor.name: runs for tensor in few if (runs := _runs(tensor, stored, folder))}
+
+
+def _runs(tensor: onnx.TensorProto, stored: Format, folder: Path) -> tuple[bytes, ...]:
+    """A run along a middle row and one along a middle column; none where too uniform to be recognised.
+
+    Numbers of half a byte are run along rows alone: no byte of a transposed matrix is one of the matrix.
+    """
+    count = stored.size(tensor.dims)
     data: np.ndarray
     if tensor.HasField("raw_data") and len(tensor.raw_data) == count:
         data = np.frombuffer(tensor.raw_data, np.uint8)
@@ -155,19 +186,22 @@ def _runs(tensor: onnx.TensorProto, folder: Path) -> tuple[bytes, bytes] | None:
         info = ExternalDataInfo(tensor)
         data = np.memmap(folder / info.location, np.uint8, "r", info.offset or 0, (count,))
     else:
-        return None
-    matrix = data.reshape(-1, tensor.dims[-2], tensor.dims[-1], width)[0]
-    row = matrix[len(matrix) // 2, : _RUN // width].tobytes()
-    column = matrix[: _RUN // width, matrix.shape[1] // 2].tobytes()
-    return (row, column) if len(set(row)) >= _LEAST_VARIETY <= len(set(column)) else None
+        return ()
+    width = max(1, stored.bits // 8)
+    matrix = data.reshape(math.prod(tensor.dims[:-2]), tensor.dims[-2], -1, width)[0]
+    runs = [matrix[len(matrix) // 2, : _RUN // width].tobytes()]
+    if stored.bits >= 8:
+        runs.append(matrix[: _RUN // width, matrix.shape[1] // 2].tobytes())
+    return tuple(runs) if all(len(set(run)) >= _LEAST_VARIETY for run in runs) else ()
 
 
 def prove_network(precision: str, facts: NetworkFacts) -> Proof:
     """That the network asks for the precision at all: a wrong graph is refused before hours are spent on it."""
-    kind = NETWORK_NAMES[precision]
-    if precision == "fp8":
+    first = STORED[precision][0]
+    kind = FORMATS[first].network
+    if first in QUANTIZED:
         count = facts.dequantized[kind]
-        return Proof("the network reads fp8 weights", f"{count} dequantising layers with fp8 input", count > 0)
+        return Proof(f"the network reads {first} weights", f"{count} dequantising layers with {first} input", count > 0)
     total, count = sum(facts.matrix.values()), facts.matrix[kind]
     shares = ", ".join(f"{name} {n}" for name, n in facts.matrix.most_common()) or "none"
     return Proof(f"matrix layers compute in {precision}", f"{count} of {total} ({shares})", count > 0)
@@ -183,8 +217,9 @@ def prove_plan(
     if shown_targets and plan.header_size:
         asked = tuple(name for name in MASK_BITS if name in set(targets))
         proofs.append(Proof("it is for the targets asked for", ", ".join(plan.targets), plan.targets == asked))
-    if weights.sizes.get(precision):
-        proofs.append(_kept(plan, precision, weights) if plan.constants else _same_bytes(path, precision, weights))
+    for stored in STORED[precision]:
+        if weights.sizes.get(stored):
+            proofs.append(_kept(plan, stored, weights) if plan.constants else _same_bytes(path, stored, weights))
     return proofs
 
 
@@ -192,39 +227,35 @@ def _whole(plan: PlanFacts) -> bool:
     return plan.size == plan.header_size
 
 
-def _kept(plan: PlanFacts, precision: str, weights: WeightFacts) -> Proof:
-    """Weights are stored in the precision, and not in a wider type beside or instead of it.
+def _kept(plan: PlanFacts, stored: str, weights: WeightFacts) -> Proof:
+    """Weights are stored in the format, and not in a wider type beside or instead of it.
 
     Widened weights raise the ratio of wider constants over that of the ONNX file; equal ratios mean that none were.
     """
-    own = plan.constants.get(PLAN_NAMES[precision], 0)
-    wider = [name for name in ("fp32", "fp16", "bf16") if _bits(ONNX_TYPES[name]) > _bits(ONNX_TYPES[precision])]
-    over = sum(plan.constants.get(PLAN_NAMES[name], 0) for name in wider)
-    before = sum(weights.sizes.get(name, 0) for name in wider) / weights.sizes[precision]
-    limit = before * _WIDER_ALLOWED * own + _SMALL * max(1.0, own / weights.sizes[precision])
+    own, there = plan.constants.get(FORMATS[stored].plan, 0), weights.sizes[stored]
+    wider = [name for name, one in FORMATS.items() if one.bits > FORMATS[stored].bits]
+    over = sum(plan.constants.get(FORMATS[name].plan, 0) for name in wider)
+    before = sum(weights.sizes.get(name, 0) for name in wider)
+    limit = before / there * _WIDER_ALLOWED * own + _SMALL * max(1.0, own / there)
     evidence = (
-        f"constants in the plan: {_sizes(plan.constants)}; in the ONNX file: {weights.sizes[precision]} bytes of "
-        f"{precision}, {sum(weights.sizes.get(name, 0) for name in wider)} wider"
+        f"constants in the plan: {_sizes(plan.constants)}; in the ONNX file: {there} bytes of {stored}, {before} wider"
     )
-    return Proof(f"weights are stored as {precision}", evidence, own > 0 and over <= limit)
-
-
-def _bits(kind: int) -> int:
-    return _BITS.get(kind, 8)
+    return Proof(f"weights are stored as {stored}", evidence, own > 0 and over <= limit)
 
 
 def _sizes(constants: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sorted(constants.items(), key=lambda item: -item[1]))
 
 
-def _same_bytes(path: Path, precision: str, weights: WeightFacts) -> Proof:
-    claim = f"weights are stored as {precision}"
+def _same_bytes(path: Path, stored: str, weights: WeightFacts) -> Proof:
+    claim, samples = f"weights are stored as {stored}", weights.samples[stored]
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        found = sum(any(plan.find(run) >= 0 for run in runs) for runs in weights.samples.values())
-    total = len(weights.samples)
-    if not total:
+        found = sum(any(plan.find(run) >= 0 for run in runs) for runs in samples.values())
+    if not samples:
         return Proof(claim, "no weight is varied enough to be recognised in the plan", True)
-    return Proof(claim, f"bytes of {found} of {total} sampled weights occur in the plan", 2 * found >= total)
+    return Proof(
+        claim, f"bytes of {found} of {len(samples)} sampled weights occur in the plan", 2 * found >= len(samples)
+    )
 
 
 def prove_loads(module: Any, path: Path) -> Proof:
@@ -234,7 +265,7 @@ def prove_loads(module: Any, path: Path) -> Proof:
         layers = json.loads(inspect_engine(module, path)).get("Layers", [])
     except (RuntimeError, ValueError) as e:
         return Proof(claim, str(e), False)
-    types = Counter(re.findall(r"\b(?:FP8|BF16|FP16|FP32|Half|Float|BFloat16)\b", json.dumps(layers)))
+    types = Counter(re.findall(r"\b(?:FP4|FP8|BF16|FP16|FP32|Half|Float|BFloat16)\b", json.dumps(layers)))
     return Proof(claim, f"{len(layers)} layers; types named in them: {dict(types)}", True)
 
 

@@ -11,12 +11,14 @@ from v4export.engine.backend import choose_backend, cuda_devices
 from v4export.engine.build import EngineReport, build_engine
 from v4export.engine.preflight import preflight
 from v4export.engine.profiles import ShapeOverride
-from v4export.engine.targets import resolve_targets
+from v4export.engine.scratch import scratch
+from v4export.engine.targets import buildable, fallback, resolve_targets
 from v4export.errors import NotSupported
+from v4export.plugins.limits import MAX_ELEMENTS
 
 ENGINE = "model.engine"
 
-#: Scratch memory that an engine's prefill may take for gathered experts, where the user does not choose the chunk.
+#: Scratch memory that an engine's prefill may take at one place, where the user does not choose the chunk.
 _SCRATCH_BYTES = 1 << 30
 _MAX_CHUNK = 512
 
@@ -52,15 +54,41 @@ def check_targets(options: EngineOptions, precision: str) -> None:
     resolve_targets(options.targets, precision, choose_backend(options.backend), present)
 
 
-def prefill_chunk(config: ModelConfig, options: EngineOptions) -> int:
-    """New tokens of a prefill step: what was asked, or what the scratch memory for gathered experts allows."""
+def precision_for(options: EngineOptions, precision: str) -> tuple[str, str | None]:
+    """The precision to export for an engine, and a sentence for the user where it is another than the one asked for.
+
+    Where targets are given, or are this machine's GPUs because ``tensorrt`` builds for no others, all of them must have
+    the precision, or get the one of ``targets.FALLBACK``. Where none is given, the precision chooses the targets.
+
+    Raises:
+        BadInput: a target or a backend is unknown.
+        NotSupported: the backend is not installed, or cannot work here.
+    """
+    names = list(options.targets or ())
+    if not names and choose_backend(options.backend) == "tensorrt":
+        names = [target.name for target in buildable("tensorrt", [device.capability for device in cuda_devices()])]
+    return fallback(names, precision)
+
+
+def prefill_chunk(config: ModelConfig, options: EngineOptions, max_seq_len: int, itemsize: int = 2) -> int:
+    """New tokens of a prefill step: what was asked, or what the scratch memory and TensorRT's tensors allow.
+
+    Raises:
+        NotSupported: a tensor would have more elements than TensorRT takes, in the chunk asked for or in any.
+    """
+    places = scratch(config, max_seq_len, itemsize)
+    tightest = min(places, key=lambda place: place.most_tokens)
+    most = tightest.most_tokens // options.max_batch
+    if most < (options.max_chunk or 1):
+        raise NotSupported(
+            f"{tightest.what} of a prefill step would have more elements than TensorRT takes",
+            f"{tightest.elements} a token, {options.max_batch} x {options.max_chunk or 1} tokens, limit {MAX_ELEMENTS}",
+            f"Give --max-chunk {most} or less." if most else "Give a smaller --max-batch or --max-seq-len.",
+        )
     if options.max_chunk:
         return options.max_chunk
-    if not config.moe_layers:
-        return _MAX_CHUNK
-    # The body of moe_experts holds the matrices of every token's experts at once, in 16 bits.
-    token = options.max_batch * config.experts_per_token * config.expert_parameters * 2
-    return max(1, min(_MAX_CHUNK, _SCRATCH_BYTES // token))
+    held = options.max_batch * max(place.bytes for place in places)
+    return max(1, min(_MAX_CHUNK, most, _SCRATCH_BYTES // held))
 
 
 def engine_of(
@@ -82,6 +110,7 @@ def engine_of(
         raise NotSupported(
             f"TensorRT would refuse the graph: {first.rule}", f"{first.where}: {first.message}", first.fix
         )
+    itemsize = 4 if precision == "fp32" else 2
     report = build_engine(
         graph,
         graph.with_name(ENGINE),
@@ -90,7 +119,7 @@ def engine_of(
         backend=options.backend,
         max_batch=options.max_batch,
         max_seq_len=max_seq_len,
-        max_chunk=min(prefill_chunk(config, options), max_seq_len),
+        max_chunk=min(prefill_chunk(config, options, max_seq_len, itemsize), max_seq_len),
         workspace_gib=options.workspace_gib,
         shapes=options.shapes,
         on_line=on_line,

@@ -6,16 +6,17 @@ in the graph, in If and Loop bodies, and in the bodies of model-local functions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-TOPK_LIMIT = 3840
-ELEMENT_LIMIT = 2**31 - 1
+from v4export.engine.bodies import large_tensors
+from v4export.plugins.limits import MAX_ELEMENTS, MAX_TOPK
 
 #: Operators the parsers know by name in any domain, beside the standard ones: a function of such a name is not used.
 # fmt: off
@@ -81,12 +82,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Place:
-    """A node, where it stands, the constants it can see, and the operators around it, outermost first."""
+    """A node, where it stands, the constants it can see, and the operators around it, outermost first.
+
+    ``made`` has the nodes beside it by what they return.
+    """
 
     node: onnx.NodeProto
     path: str
     constants: dict[str, onnx.TensorProto]
     around: tuple[str, ...] = ()
+    made: dict[str, onnx.NodeProto] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -109,7 +114,7 @@ def preflight(model: onnx.ModelProto | Path, backend: str = "tensorrt_rtx") -> l
     """Every problem of an ONNX model, in the order of its nodes; external data is not opened."""
     proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
     found = [problem for place in places(proto) for problem in _check(place, backend)]
-    return [*_functions(proto), *_loops(proto), *_initialisers(proto), *found]
+    return [*_functions(proto), *_loops(proto), *_initialisers(proto), *_inside(proto), *found]
 
 
 def places(model: onnx.ModelProto) -> Iterator[Place]:
@@ -130,8 +135,9 @@ def _nodes(
     nodes: list[onnx.NodeProto], path: str, outer: dict[str, onnx.TensorProto], around: tuple[str, ...]
 ) -> Iterator[Place]:
     constants = outer | {node.output[0]: value for node in nodes if (value := _constant(node)) is not None}
+    made = {name: node for node in nodes for name in node.output}
     for node in nodes:
-        place = Place(node, path, constants, around)
+        place = Place(node, path, constants, around, made)
         yield place
         for attribute in node.attribute:
             graphs = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
@@ -169,11 +175,25 @@ def _unsupported(place: Place) -> Iterator[tuple[str, str, str, str]]:
 def _topk(place: Place) -> Iterator[tuple[str, str, str, str]]:
     if not all(place.node.output) or len(place.node.output) < 2:
         yield "error", "unnamed-output", "TopK has an output without a name", "name both outputs"
-    k = place.constants.get(place.node.input[1])
-    if k is not None and k.data_location != onnx.TensorProto.EXTERNAL:
-        value = int(numpy_helper.to_array(k).reshape(-1)[0])
-        if value > TOPK_LIMIT:
-            yield "error", "topk-limit", f"k is {value}, the limit {TOPK_LIMIT}", "select in groups, then among winners"
+    k = _most(place, place.node.input[1])
+    if k is not None and k > MAX_TOPK:
+        yield "error", "topk-limit", f"k is {k}, the limit {MAX_TOPK}", "select in groups, then among winners"
+
+
+def _most(place: Place, name: str) -> int | None:
+    """The largest value that a tensor of one number can have: a constant's, or the least of several if one is constant.
+
+    Selecting from a cache asks for "k, or all there are", so that k may well be reached.
+    """
+    constant = place.constants.get(name)
+    if constant is not None and constant.data_location != onnx.TensorProto.EXTERNAL:
+        return int(numpy_helper.to_array(constant).reshape(-1)[0])
+    maker = place.made.get(name)
+    if maker is None or maker.op_type not in ("Min", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze"):
+        return None
+    operands = maker.input if maker.op_type == "Min" else maker.input[:1]
+    known = [value for operand in operands if (value := _most(place, operand)) is not None]
+    return min(known) if known else None
 
 
 def _scatter(place: Place) -> Iterator[tuple[str, str, str, str]]:
@@ -253,9 +273,15 @@ def _loops(model: onnx.ModelProto) -> Iterator[Problem]:
 def _initialisers(model: onnx.ModelProto) -> Iterator[Problem]:
     for tensor in model.graph.initializer:
         count = int(np.prod(tensor.dims, dtype=np.int64))
-        if count > ELEMENT_LIMIT:
-            message = f"{count} elements, more than {ELEMENT_LIMIT}"
+        if count > MAX_ELEMENTS:
+            message = f"{count} elements, more than {MAX_ELEMENTS}"
             yield Problem("warning", "large-initialiser", tensor.name, message, "split it along an axis")
         if tensor.data_type in UNREADABLE:
             message = f"{UNREADABLE[tensor.data_type]} initialisers are not read"
             yield Problem("error", "unreadable-type", tensor.name, message, "store it as uint8 or as a wider type")
+
+
+def _inside(model: onnx.ModelProto) -> Iterator[Problem]:
+    for where, name, shape in large_tensors(model):
+        message = f"{name} {shape} has {math.prod(shape)} elements, more than {MAX_ELEMENTS}"
+        yield Problem("error", "large-tensor", where, message, "write the body so that it makes it in parts")

@@ -1,6 +1,7 @@
 """Optimisation profiles: for each named dimension a least, a likely and a largest size, then shapes derived by name.
 
-Letters: B batch, S new tokens, T cached tokens, Q positions whose logits are wanted.
+Letters: B batch, S new tokens, T cached tokens, Q positions whose logits are wanted; T/n rows that each stand for n
+cached tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ Size = tuple[int, int, int]
 Dim = int | str
 Shapes = Mapping[str, tuple[int, ...]]
 BOUNDS = ("min", "opt", "max")
+#: The letter of rows that grow with a sequence, alone or divided by the tokens of a row.
+CACHED = "T"
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,18 @@ class ShapeOverride:
 
 
 def dim_table(max_batch: int, max_seq_len: int, max_chunk: int) -> dict[str, dict[str, Size]]:
-    """Sizes of each letter, by profile. A chunk of one token needs no profile of its own."""
+    """Sizes of each letter, by profile. A chunk of one token needs no profile of its own.
+
+    Whoever runs the graph gives it one cached row at least, since operators refuse to gather from none.
+    """
     for name, value in (("max_batch", max_batch), ("max_seq_len", max_seq_len), ("max_chunk", max_chunk)):
         if value < 1:
             raise BadInput(f"{name} must be at least 1", f"{name}: {value}", f"Give a larger {name}.")
-    cached = (0, max_seq_len // 2, max_seq_len)
+    cached = (1, max(1, max_seq_len // 2), max_seq_len)
     chunk = (1, max_chunk, max_chunk)
-    table = {"decode": {"B": (1, max_batch, max_batch), "S": (1, 1, 1), "T": cached, "Q": (1, 1, 1)}}
+    table = {"decode": {"B": (1, max_batch, max_batch), "S": (1, 1, 1), CACHED: cached, "Q": (1, 1, 1)}}
     if max_chunk > 1:
-        table["prefill"] = {"B": (1, 1, max_batch), "S": chunk, "T": cached, "Q": (1, 1, max_chunk)}
+        table["prefill"] = {"B": (1, 1, max_batch), "S": chunk, CACHED: cached, "Q": (1, 1, max_chunk)}
     return table
 
 
@@ -143,14 +149,30 @@ def _shapes(
 def _shape(name: str, dims: Sequence[Dim], sizes: Mapping[str, Size], bound: int) -> tuple[int, ...]:
     shape = []
     for axis, dim in enumerate(dims):
-        if isinstance(dim, str) and dim not in sizes:
+        size = _size(dim, sizes) if isinstance(dim, str) else (dim, dim, dim)
+        if size is None:
             raise BadInput(
                 f"Nothing says how large axis {axis} of input {name} may be",
-                f"its name: {dim or 'none'}   names with a size: {', '.join(sizes)}",
+                f"its name: {dim or 'none'}   names with a size: {', '.join(sizes)}, {CACHED}/2, {CACHED}/3 and so on",
                 f"Name the dimension so, or give --minShapes/--optShapes/--maxShapes for {name}.",
             )
-        shape.append(sizes[dim][bound] if isinstance(dim, str) else dim)
+        shape.append(size[bound])
     return tuple(shape)
+
+
+def _size(name: str, sizes: Mapping[str, Size]) -> Size | None:
+    """Sizes of a named dimension; of rows for every n tokens, those that the tokens' sizes make.
+
+    A sequence alone binds the rows its tokens complete. Several bind whole buffers, which have one row more, for the
+    row that a step returns and does not complete.
+    """
+    if name in sizes:
+        return sizes[name]
+    letter, _, every = name.partition("/")
+    if letter != CACHED or not every.isdecimal() or int(every) < 1:
+        return None
+    least, likely, most = (tokens // int(every) for tokens in sizes[CACHED])
+    return max(1, least), max(1, likely), most + 1
 
 
 def _overridden(

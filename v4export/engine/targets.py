@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 from v4export.errors import BadInput, NotSupported, V4Error
 
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "mxfp4")
+#: What to export where a target lacks a precision, and how to say so.
+FALLBACK = {"mxfp4": "fp8"}
+FALLBACK_NOTES = {"mxfp4": "no FP4: experts are FP8 E4M3 in blocks of 128x128"}
 PACKAGES = ("tensorrt_rtx", "tensorrt")
 
 
@@ -44,7 +47,7 @@ class Target:
 
 
 # TensorRT-RTX has no float32 matrix product for Turing: "FP32 GEMM is not supported".
-_FP16, _TO_BF16, _TO_FP8 = ("fp16",), PRECISIONS[:3], PRECISIONS
+_FP16, _TO_BF16, _TO_FP8, _TO_FP4 = ("fp16",), PRECISIONS[:3], PRECISIONS[:4], PRECISIONS
 _ADA = ("rtx4090", "rtx4080", "rtx4070", "rtx4060", "l4", "l40", "l40s", "rtx6000ada")
 
 TARGETS = (
@@ -53,11 +56,11 @@ TARGETS = (
     Target("sm86", "Ampere", ("rtx3090", "rtx3080", "rtx3070", "rtx3060", "a10", "a40", "a6000"), _TO_BF16, True, True),
     Target("sm89", "Ada", _ADA, _TO_FP8, True, True),
     Target("sm90", "Hopper", ("h100", "h200", "h800", "h20", "gh200"), _TO_FP8, False, True),
-    Target("sm100", "Blackwell", ("b100", "b200", "gb200"), _TO_FP8, False, True),
-    Target("sm103", "Blackwell Ultra", ("b300", "gb300"), _TO_FP8, False, True),
+    Target("sm100", "Blackwell", ("b100", "b200", "gb200"), _TO_FP4, False, True),
+    Target("sm103", "Blackwell Ultra", ("b300", "gb300"), _TO_FP4, False, True),
     Target("sm110", "Blackwell", ("thor", "jetsonthor"), _TO_FP8, False, True),
-    Target("sm120", "Blackwell", ("rtx5090", "rtx5080", "rtx5070", "rtx5060", "rtxpro6000"), _TO_FP8, True, True),
-    Target("sm121", "Blackwell", ("gb10", "dgxspark"), _TO_FP8, True, True),
+    Target("sm120", "Blackwell", ("rtx5090", "rtx5080", "rtx5070", "rtx5060", "rtxpro6000"), _TO_FP4, True, True),
+    Target("sm121", "Blackwell", ("gb10", "dgxspark"), _TO_FP4, True, True),
 )
 
 _BY_NAME = {target.name: target for target in TARGETS}
@@ -151,7 +154,7 @@ def _without_precision(target: Target, precision: str) -> V4Error:
     return BadInput(
         f"{target.name} ({target.architecture}: {', '.join(target.devices[:3])}) has no {precision}",
         f"target: {target.name}   precision asked for: {precision}   it has: {', '.join(target.precisions)}",
-        _working(precision),
+        _working(precision, target),
     )
 
 
@@ -167,12 +170,30 @@ def _not_buildable(target: Target, backend: str, can: tuple[Target, ...]) -> V4E
     )
 
 
-def _working(precision: str) -> str:
+def fallback(names: Sequence[str], precision: str) -> tuple[str, str | None]:
+    """The precision to export for all of these targets, and what to tell the user where it is another than asked for.
+
+    A precision that no fallback helps is returned as it is; ``resolve_targets`` says what is wrong with it.
+    """
+    wanted = [target for target in TARGETS if target in {find_target(name) for name in names}]
+    lacking = [target.name for target in wanted if precision not in target.precisions]
+    instead = FALLBACK.get(precision)
+    if not lacking or instead is None or any(instead not in target.precisions for target in wanted):
+        return precision, None
+    return instead, f"{' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} {FALLBACK_NOTES[precision]}"
+
+
+def _working(precision: str, target: Target | None = None) -> str:
     by = "; ".join(
         f"{package}: {_list(tuple(t for t in TARGETS if t.package == package and precision in t.precisions))}"
         for package in PACKAGES
     )
-    return f"Targets with {precision} ({by}), or another --precision."
+    return f"Targets with {precision} ({by}), or another --precision{_instead(precision, target)}."
+
+
+def _instead(precision: str, target: Target | None) -> str:
+    other = FALLBACK.get(precision)
+    return f", such as {other}" if other and target and other in target.precisions else ""
 
 
 def _list(targets: tuple[Target, ...]) -> str:

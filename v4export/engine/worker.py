@@ -117,8 +117,8 @@ def configure(trt: Any, builder: Any, request: dict[str, Any]) -> Any:
     config = builder.create_builder_config()
     if request["workspace_bytes"]:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
-    if request["precision"] == "fp32":
-        config.clear_flag(trt.BuilderFlag.TF32)
+    # What a graph computes in float32 (routing, hyper-connections, pooling) is meant to be, at any precision.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if request["names_capabilities"]:
         config.num_compute_capabilities = len(request["targets"])
         for index, target in enumerate(request["targets"]):

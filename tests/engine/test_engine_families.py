@@ -1,0 +1,68 @@
+"""Engines of whole models with every kind of layer, built without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from v4export import api, presets
+from v4export.engine.options import EngineOptions, engine_of
+from v4export.engine.preflight import preflight
+from v4export.engine.profiles import derive_profiles, input_dims
+from v4export.graphs.export import PORTABLE
+from v4export.graphs.stamp import state_name
+from v4export.state_contract import state_tensors
+
+pytestmark = pytest.mark.slow
+
+LENGTH, CHUNK = 300, 8
+#: The formats of weights that each precision stores, as the engine's proofs name them.
+STORED = {"fp16": {"fp16"}, "bf16": {"bf16"}, "fp8": {"fp8"}, "mxfp4": {"fp4", "fp8"}}
+CASES = [
+    ("tiny-v3.2", "bf16", "sm80"),
+    ("tiny-v3.2", "fp8", "sm89"),
+    ("tiny-v4-fp4", "fp16", "sm86"),
+    ("tiny-v4-fp4", "bf16", "sm80"),
+    ("tiny-v4-fp4", "fp8", "sm89"),
+    ("tiny-v4-fp4", "mxfp4", "sm120"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    made: dict[str, Path] = {}
+
+    def make(preset: str) -> Path:
+        if preset not in made:
+            made[preset] = api.synth(preset, tmp_path_factory.mktemp("hub") / preset)
+        return made[preset]
+
+    return make
+
+
+@pytest.mark.parametrize(("preset", "precision", "target"), CASES)
+def test_engine(checkpoint, tmp_path, preset, precision, target):
+    pytest.importorskip("tensorrt_rtx")
+    config = presets.load(preset)
+    out = tmp_path / "out"
+    api.export(checkpoint(preset), out, precision=precision, max_seq_len=LENGTH)
+    assert preflight(out / PORTABLE) == []
+
+    inputs = input_dims(out / PORTABLE)
+    for layer in range(config.num_layers):
+        for tensor in state_tensors(config, layer):
+            assert inputs[state_name(layer, tensor.name)] == ("B", tensor.held_dim, tensor.width)
+    decode, prefill = derive_profiles(inputs, max_batch=2, max_seq_len=LENGTH, max_chunk=CHUNK)
+    assert decode.shapes.keys() == prefill.shapes.keys() == inputs.keys()
+
+    options = EngineOptions(targets=[target], backend="tensorrt_rtx", max_batch=2, max_chunk=CHUNK)
+    report = engine_of(out / PORTABLE, config, LENGTH, precision, options)
+    assert report.targets == (target,) and (out / report.path).stat().st_size == report.bytes
+    proofs = dict(report.proofs)
+    assert {claim.rpartition(" ")[2] for claim in proofs if "stored as" in claim} == STORED[precision]
+    experts = 3 * config.num_experts * len(config.moe_layers)
+    if precision in ("fp8", "mxfp4"):
+        assert report.layers["DEQUANTIZE"] > experts
+    if precision == "mxfp4":
+        assert proofs["the network reads fp4 weights"].startswith(f"{experts} dequantising layers")

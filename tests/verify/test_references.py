@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from v4export import api
 from v4export.checkpoint.audit import audit
@@ -16,6 +17,7 @@ from v4export.errors import BadInput
 from v4export.graphs.export import LOWERED_FOR_CPU, PORTABLE
 from v4export.package.bundle import Bundle
 from v4export.verify.references import References, check_references
+from v4export.verify.regions import _nodes, is_region
 
 pytestmark = pytest.mark.slow
 GRAPHS = (PORTABLE, LOWERED_FOR_CPU)
@@ -76,15 +78,32 @@ def reshape(tensors: dict[str, onnx.TensorProto]) -> None:
     tensors["lm_head.weight"].dims[0] += 1
 
 
+def read_a_region_from_elsewhere(tensors: dict[str, onnx.TensorProto]) -> None:
+    for name, tensor in tensors.items():
+        if is_region(name):
+            offset = entry(tensor, "offset")
+            offset.value = str(int(offset.value) + 2)
+
+
 def rename(tensors: dict[str, onnx.TensorProto]) -> None:
     tensors["model.norm.weight"].name = "model.norm.bias"
+
+
+def test_a_region_that_begins_elsewhere_is_named(exported: tuple[Path, Path], bundle: Path) -> None:
+    edit(bundle / LOWERED_FOR_CPU, read_a_region_from_elsewhere)
+    assert any("experts.0.gate_proj.weight is read at" in line for line in found(exported[0], bundle).wrong)
+
+
+def test_swapped_experts_of_the_portable_graph_are_named(exported: tuple[Path, Path], bundle: Path) -> None:
+    edit(bundle / PORTABLE, swap_experts)
+    wrong = found(exported[0], bundle).wrong
+    assert any(line.startswith(f"{PORTABLE}: ") and "experts.14.up_proj.weight is read from" in line for line in wrong)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (swap_experts, "experts.14.up_proj.weight is read from"),
         (move_one, "model.norm.weight is read from"),
         (shorten, "is read as"),
         (reshape, "has shape"),
@@ -101,6 +120,25 @@ def test_a_wrong_reference_is_named(
     edit(bundle / graph, change)
     wrong = found(exported[0], bundle).wrong
     assert any(line.startswith(f"{graph}: ") and says in line for line in wrong), wrong
+
+
+def test_experts_read_by_number_are_where_the_table_says(exported: tuple[Path, Path], bundle: Path) -> None:
+    model = onnx.load(bundle / LOWERED_FOR_CPU, load_external_data=False)
+    regions = [t.name for t in model.graph.initializer if is_region(t.name)]
+    assert regions
+    count = 0
+    for node in _nodes(model.graph):
+        table = next((a.t for a in node.attribute if a.name == "value"), None) if node.op_type == "Constant" else None
+        # Rows of 16 experts' three matrices, or of what is behind them.
+        if table is not None and table.data_type == onnx.TensorProto.INT64 and list(table.dims) == [48]:
+            rows = numpy_helper.to_array(table).copy()
+            rows[[14, 15]] = rows[[15, 14]]
+            table.CopyFrom(numpy_helper.from_array(rows))
+            count += 1
+    assert count
+    (bundle / LOWERED_FOR_CPU).write_bytes(model.SerializeToString())
+    wrong = found(exported[0], bundle).wrong
+    assert any("experts.14.gate_proj.weight is read at" in line for line in wrong), wrong
 
 
 def test_converted_bytes_are_compared(exported: tuple[Path, Path], bundle: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from v4export import presets
 from v4export.engine.build import EngineReport
 from v4export.plain import to_json
-from v4export.verify.compare import Boundary
+from v4export.verify.boundary import Boundary
 from v4export.verify.report import line, write_report
 from v4export.verify.verification import Verification
 
@@ -24,6 +24,10 @@ GOOD = Boundary("layer 0 dense", True, 1e-3, 4e-4, 1e-2, 0.99998, "attention: 6*
 BAD = Boundary(
     "layer 1 routed", False, math.nan, math.inf, 1e-2, math.nan, "d", math.nan, 1.2, ties=3, notes=(f"took {HOSTILE}",)
 )
+TIED = Boundary(
+    "layer 2 csa", True, 1e-3, 4e-4, 1e-2, 0.99998, "d", 0.6, 1.2, ties=2, selective=(7, 9),
+    evidence=(f"sequence 0, token 5: selected {HOSTILE}",),
+)  # fmt: skip
 ENGINE = EngineReport(
     path=Path("model.engine"), bytes=3 << 20, sha256="ab", backend="tensorrt_rtx", backend_version="1.2.3",
     targets=("sm89", "sm120"), precision="bf16", layers={"MATRIX_MULTIPLY": 7}, dtypes={"BF16": 9},
@@ -79,6 +83,16 @@ def test_json(tmp_path):
     assert report["engine"]["path"] == "model.engine" and report["facts"]["precision"] == "bf16"
 
 
+def test_what_is_ambiguous_passes_and_shows_its_evidence(tmp_path):
+    report, source = written(tmp_path, (GOOD, TIED))
+    assert report["verdict"] == "PASSED | 2 layers, 2 prompts, 2 near-ties"
+    good, tied = report["verification"]["boundaries"]
+    assert (good["verdict"], tied["verdict"], tied["evidence"]) == ("PASS", "AMBIGUOUS", list(TIED.evidence))
+    assert TIED.also(("wrong",)).verdict == "FAIL" and BAD.verdict == "FAIL"
+    text = Page(source).text
+    assert "~ layer 2 csa" in text and TIED.evidence[0] in text and "7/9" in text
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_number_that_json_does_not_have(value):
     text = to_json({"a": [value, 1.5], "b": GOOD, 3: Path("x"), "c": (None, True)})
@@ -127,10 +141,10 @@ def test_verdict_colour_and_missing_parts(tmp_path, boundaries, verdict, colour,
 
 
 def test_line():
-    text = line(GOOD, "bf16")
-    assert (
-        text == "[✓] layer 0 dense    max|Δ| 1.0e-03  rel 4.0e-04  cos 0.999980  (limit 1.0e-02, bf16)  carried 1.0e-03"
-    )
+    start, end = "[✓] layer 0 dense          max|Δ| 1.0e-03  rel 4.0e-04", "  (limit 1.0e-02, bf16)  carried 1.0e-03"
+    assert line(GOOD, "bf16") == f"{start}  cos 0.999980{end}"
     failed = line(BAD, "fp8").splitlines()
     assert failed[0].startswith("[✗] layer 1 routed") and "3 near-ties" in failed[0]
     assert failed[1] == f"      took {HOSTILE}"
+    tied = line(TIED, "bf16")
+    assert tied.startswith("[~] layer 2 csa") and tied.endswith("  7/9 tokens selected among more  2 near-ties")

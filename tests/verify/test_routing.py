@@ -9,13 +9,15 @@ import torch
 
 from v4export import presets
 from v4export.config import ModelConfig
+from v4export.model.linear import Storage
 from v4export.model.moe import Router
-from v4export.verify.routing import compare_choices
+from v4export.verify.routing import Choices, compare_choices
 
 #: 8 experts, 2 a token, without groups and, as V3, with 4 groups of 2 of which 2 are open.
 BASE = dataclasses.replace(presets.load("tiny-v3"), hidden_size=8, num_experts=8, experts_per_token=2)
 PLAIN = dataclasses.replace(BASE, num_groups=1, topk_groups=1, topk_method="noaux_tc", scoring="sigmoid")
 SOFTMAX = dataclasses.replace(PLAIN, topk_method="greedy", scoring="softmax")
+SOFTPLUS = dataclasses.replace(PLAIN, scoring="sqrtsoftplus")
 GROUPS = dataclasses.replace(BASE, num_groups=4, topk_groups=2, topk_method="noaux_tc", scoring="sigmoid")
 MAXIMUM = dataclasses.replace(GROUPS, topk_method="group_limited_greedy", scoring="softmax")
 
@@ -25,7 +27,7 @@ ERROR = 0.01
 
 def router(config: ModelConfig, bias: list[float] | None = None) -> Router:
     """With the identity for its matrix, so that the input is the logits."""
-    made = Router(config, torch.float32)
+    made = Router(config, Storage())
     made.weight.data.copy_(torch.eye(8))
     if bias:
         made.e_score_correction_bias.data.copy_(torch.tensor(bias))
@@ -52,6 +54,7 @@ APART_GROUPS = [2.0, 0.0, 1.9, 0.5, 1.0, 0.5, -3, -3]
         (PLAIN, CLOSE, [0, 1], 0),
         (PLAIN, CLOSE, [1, 0], 0),
         (PLAIN, CLOSE, [0, 2], 1),
+        (SOFTPLUS, CLOSE, [0, 2], 1),
         (SOFTMAX, CLOSE, [0, 2], 1),
         (GROUPS, [2.0, 1.0, 2.0 - ERROR, 1.0, 0, 0, 0, 0], [0, 2], 0),
         (GROUPS, [2.0, 1.0, 1.0 - ERROR, 0.9, 0, 0, 0, 0], [0, 2], 1),
@@ -61,13 +64,15 @@ APART_GROUPS = [2.0, 0.0, 1.9, 0.5, 1.0, 0.5, -3, -3]
 )
 def test_the_same_or_a_near_tie(config, logits, taken, ties):
     found = compare(config, logits, taken)
-    assert (found.ties, found.wrong) == (ties, ())
+    assert (found.ties, found.wrong, len(found.evidence)) == (ties, (), ties)
+    assert all("took experts" in line and "apart where rounding explains" in line for line in found.evidence)
 
 
 @pytest.mark.parametrize(
     ("config", "logits", "taken"),
     [
         (PLAIN, APART, [0, 2]),
+        (SOFTPLUS, APART, [0, 2]),
         (PLAIN, CLOSE, [0, 3]),
         (PLAIN, CLOSE, [1, 2]),
         (SOFTMAX, APART, [0, 2]),
@@ -107,3 +112,20 @@ def test_tokens_are_counted_one_by_one():
 def test_another_number_of_experts():
     found = compare_choices(router(PLAIN), PLAIN, torch.tensor([CLOSE]), torch.tensor([[0, 1, 2]]), ERROR)
     assert found.wrong == ("3 experts taken for a token, not 2",)
+
+
+def test_of_experts_that_a_table_names_no_other_is_right():
+    made = Router(PLAIN, Storage(), hashed=True)
+    made.weight.data.copy_(torch.eye(8))
+    made.tid2eid.data.copy_(torch.arange(2 * PLAIN.vocab_size).reshape(-1, 2) % 8)
+    x, ids = torch.tensor([CLOSE, CLOSE]), torch.tensor([1, 2])
+    same = compare_choices(made, PLAIN, x, torch.tensor([[3, 2], [4, 5]]), 1.0, ids)
+    assert same == Choices(0, ())
+    found = compare_choices(made, PLAIN, x, torch.tensor([[3, 2], [4, 6]]), 1.0, ids)
+    assert found.wrong == ("token 1: took experts [4, 6], the reference takes [4, 5] by its table",)
+
+
+def test_each_token_has_its_own_slack():
+    x, taken = torch.tensor([APART, APART]), torch.tensor([[0, 2], [0, 2]])
+    found = compare_choices(router(PLAIN), PLAIN, x, taken, torch.tensor([0.1, 0.01]))
+    assert found.ties == 1 and found.wrong[0].startswith("token 1:")

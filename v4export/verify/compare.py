@@ -1,14 +1,14 @@
 """Compares recordings of a graph with the PyTorch definition, boundary by boundary.
 
 Each layer of the reference is fed what the graph itself handed to that layer, so a difference was caused there and has
-its own limit; if every layer is right by itself, so is the whole. A second, free-running reference that only ever sees
+its own limit; if every layer is right by itself, so is the whole. What is chosen, experts and what an indexer selects,
+is compared by itself; the numbers are those of the graph's choice. A second, free-running reference that only ever sees
 its own values shows how differences add up, and what quantised weights cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,53 +19,21 @@ from v4export.config import ModelConfig
 from v4export.model.block import Block, BlockOutput, Embed, Head
 from v4export.model.load import fill
 from v4export.model.moe import MixtureOfExperts
-from v4export.model.rope import rotations
+from v4export.model.transformer import empty_state
 from v4export.precision import Precision
+from v4export.state_contract import StateTensor, state_tensors
 from v4export.verify import tolerance
+from v4export.verify.boundary import Boundary, judge, shown
+from v4export.verify.halves import Allowed, Errors, Watch, allowed, block_paths
 from v4export.verify.recording import Recording
 from v4export.verify.rounded import as_the_graph_holds, is_converted
 from v4export.verify.routing import Choices, compare_choices
+from v4export.verify.selection import IndexErrors, compare_selections
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """One line of the report.
-
-    Attributes:
-        name: of the boundary.
-        ok: every figure is within its limit.
-        max_abs: largest difference of one number.
-        rel: largest relative difference of a token's vector.
-        limit: of ``rel`` at that token.
-        cos: cosine between all of the graph's and all of the reference's numbers.
-        derivation: where the limit comes from.
-        mean: root mean square over the tokens of error divided by expected error; 0 where none is expected.
-        mean_limit: of ``mean``.
-        carried: relative difference to the free-running reference in the checkpoint's own weights.
-        weights: relative difference that converting the weights alone causes; None where none loses anything.
-        ties: tokens routed differently within a near tie.
-        experts: how many experts took part, and of how many.
-        notes: what is wrong, for people.
-    """
-
-    name: str
-    ok: bool
-    max_abs: float
-    rel: float
-    limit: float
-    cos: float
-    derivation: str
-    mean: float = 0.0
-    mean_limit: float = 0.0
-    carried: float | None = None
-    weights: float | None = None
-    ties: int = 0
-    experts: tuple[int, int] | None = None
-    notes: tuple[str, ...] = ()
-
-    def also(self, wrong: tuple[str, ...] = (), **figures: Any) -> Boundary:
-        """The same with more figures; anything in ``wrong`` fails it."""
-        return replace(self, ok=self.ok and not wrong, notes=self.notes + wrong, **figures)
+def expected_boundaries(config: ModelConfig) -> int:
+    """How many boundaries a verification has: weights, embedding, logits; of each layer its output and its state."""
+    return 3 + sum(1 + len(state_tensors(config, layer)) for layer in range(config.num_layers))
 
 
 def compare(
@@ -89,18 +57,18 @@ class _Seen(NamedTuple):
     """What the reference makes of one layer of one recording, and how far the graph is from it.
 
     Attributes:
-        hidden: [n, D].
-        latent: new rows [n, W].
-        allowed: largest norm of each token's difference, [n].
-        choices: of experts.
+        hidden: [n, D] or [n, X, D].
+        rows: that can still be seen, of each state tensor by name.
+        allowed: how far the graph may be off.
+        choices: of experts, and of what an indexer selects.
         lost: relative difference that converting the weights causes.
         carried: relative difference to the free-running reference.
     """
 
     hidden: torch.Tensor
-    latent: torch.Tensor
-    allowed: torch.Tensor
-    choices: Choices
+    rows: dict[str, torch.Tensor]
+    allowed: Allowed
+    choices: tuple[Choices, ...]
     lost: float
     carried: float
 
@@ -113,8 +81,9 @@ class _Comparison:
         self.exact = lambda name: torch.from_numpy(weights[name].decode())
         self.held = lambda name: torch.from_numpy(as_the_graph_holds(weights[name], precision))
         self.converted = any(is_converted(w, precision) for w in weights.values())
-        #: Hidden states of the free-running reference, one for each recording.
+        #: Hidden states of the free-running reference, and what all its blocks read, one for each recording.
         self.free: list[torch.Tensor] = []
+        self.shared: list[dict[str, torch.Tensor]] = []
 
     def run(self) -> Iterator[Boundary]:
         """Boundaries, one after another."""
@@ -124,60 +93,100 @@ class _Comparison:
         yield self._head()
 
     def _embedding(self) -> Boundary:
-        embed, exact = self._pair(lambda: Embed(self.config, torch.float32))
+        embed, exact = self._pair(lambda: Embed(self.config))
         found, wanted = [], []
         for r in self.recordings:
             ids, start = torch.from_numpy(r.tokens)[None], torch.zeros(1, dtype=torch.int64)
-            wanted.append(embed(ids, start)[0])
+            hidden, shared = embed.shared(ids, start)
+            wanted.append(hidden)
             found.append(torch.from_numpy(r.hidden[-1]))
-            self.free.append(exact(ids, start)[0])
+            self.free.append(exact.shared(ids, start)[0])
+            self.shared.append(shared)
         # A look-up computes nothing: not a bit may differ.
-        return _judge("embedding", found, wanted, [w.norm(dim=-1) * 0 for w in wanted], "a look-up is exact")
+        return judge("embedding", found, wanted, [w.norm(dim=-1) * 0 for w in wanted], "exact: a look-up")
 
     def _layer(self, layer: int) -> Iterator[Boundary]:
         c, p = self.config, self.precision
         block, exact = self._pair(lambda: Block(c, layer, absorbed=False), layer)
-        tokens = max(len(r.tokens) for r in self.recordings)
-        paths = (tolerance.attention_path(c, tokens), tolerance.feed_forward_path(c, layer), tolerance.RESIDUAL)
-        latent = tolerance.latent_path(c)
-        errors = [tolerance.CONFIDENCE * path.error(p) for path in paths]
+        paths = block_paths(c, layer, max(len(r.tokens) for r in self.recordings))
+        errors = Errors.of(paths, p)
         seen = [self._one(block, exact, layer, i, errors) for i in range(len(self.recordings))]
-        name = f"layer {layer} {'routed' if c.is_moe(layer) else 'dense'}"
-        derivation = "; ".join(path.derivation(p) for path in paths)
         found = [torch.from_numpy(r.hidden[layer]) for r in self.recordings]
-        yield _judge(name, found, [s.hidden for s in seen], [s.allowed for s in seen], derivation).also(
+        limits = [s.allowed.hidden for s in seen]
+        derivation = "; ".join(path.derivation(p) for path in paths if path.name)
+        choices = [(i, one) for i, s in enumerate(seen) for one in s.choices]
+        selective = sum(one.selective for _, one in choices)
+        yield judge(f"layer {layer} {c.kind(layer)}", found, [s.hidden for s in seen], limits, derivation).also(
             carried=max(s.carried for s in seen),
             weights=max(s.lost for s in seen) if self.converted else None,
-            ties=sum(s.choices.ties for s in seen),
+            ties=sum(one.ties for _, one in choices),
+            evidence=shown([f"sequence {i}, {line}" for i, one in choices for line in one.evidence]),
             experts=self._experts(layer),
-            wrong=tuple(note for s in seen for note in s.choices.wrong),
+            selective=(selective, sum(len(s.hidden) for s in seen)) if selective else None,
+            wrong=shown([f"sequence {i}, {line}" for i, one in choices for line in one.wrong]),
         )
-        rows = [torch.from_numpy(r.latent[layer]) for r in self.recordings]
-        limits = [tolerance.CONFIDENCE * latent.error(p) * s.latent.norm(dim=-1) for s in seen]
-        yield _judge(f"layer {layer} state", rows, [s.latent for s in seen], limits, latent.derivation(p))
+        for tensor in state_tensors(c, layer):
+            yield self._rows(layer, tensor.name, seen)
 
-    def _one(self, block: Block, exact: Block, layer: int, i: int, errors: Sequence[float]) -> _Seen:
+    def _rows(self, layer: int, name: str, seen: Sequence[_Seen]) -> Boundary:
+        """The rows of one state tensor that can still be seen at the end."""
+        path = tolerance.row_path(self.config, layer, name)
+        found = [torch.from_numpy(r.state[layer, name]) for r in self.recordings]
+        wanted = [s.rows[name] for s in seen]
+        limits = [self._with_input(path, s.allowed) * s.rows[name].norm(dim=-1) for s in seen]
+        called = f"layer {layer} {self._called(layer, name)}"
+        return judge(called, found, wanted, limits, path.derivation(self.precision))
+
+    def _with_input(self, path: tolerance.Path, limits: Allowed) -> float:
+        """What is allowed relative to a path's output where the attention's input is not exact.
+
+        What comes out may stand for many tokens: it is held to the least exact of any.
+        """
+        own = tolerance.CONFIDENCE * path.error(self.precision)
+        return float(limits.attention_input.max().hypot(torch.tensor(own)))
+
+    def _called(self, layer: int, name: str) -> str:
+        """A state tensor in the report: beside the kind of its layer, where there are several."""
+        if self.config.compressed is None:
+            return name
+        return f"{self.config.compressed.layers[layer]} {'keys' if name == 'window' else name}"
+
+    def _one(self, block: Block, exact: Block, layer: int, i: int, errors: Errors) -> _Seen:
         """One layer of one recording: fed by the graph, and free-running."""
         r, c = self.recordings[i], self.config
         x = torch.from_numpy(r.hidden[layer - 1])
-        taken = torch.from_numpy(r.experts[layer]) if c.is_moe(layer) else None
-        with _Branches(block) as branches:
-            out = self._step(block, x, taken)
-        added = (branches.attention, branches.feed_forward, out.hidden)
-        sizes = [part.norm(dim=-1) for part in added]
-        # An attention error also passes through the feed-forward half, whose norm makes it relative to its input.
-        through = errors[0] * sizes[0] / (x + branches.attention).norm(dim=-1).clamp_min(1e-30)
-        squares = [(e * s) ** 2 for e, s in zip(errors, sizes, strict=True)]
-        choices = Choices(0, ())
+        choice = (r.experts.get(layer), r.selected.get(layer))
+        taken, selected = (None if one is None else torch.from_numpy(one) for one in choice)
+
+        def step(one: Block, x: torch.Tensor) -> BlockOutput:
+            """The whole sequence at once over an empty state: neither chunks nor decode, nor absorbed attention."""
+            return one(x, self.shared[i], empty_state(c, layer, torch.float32), taken, selected)
+
+        with Watch(block) as watch:
+            out = step(block, x)
+        limits = allowed(block, x, watch, errors)
+        choices = []
         if taken is not None:
             assert isinstance(block.mlp, MixtureOfExperts)
-            relative = float(through.max()) + errors[1]
-            choices = compare_choices(block.mlp.gate, c, branches.router_input, taken, relative)
-        lost = _relative(out.hidden, self._step(exact, x, taken).hidden) if self.converted else 0.0
-        self.free[i] = self._step(exact, self.free[i], taken).hidden
+            relative = limits.router_input + errors.feed_forward
+            ids = torch.from_numpy(r.tokens)
+            choices.append(compare_choices(block.mlp.gate, c, watch.router_input, taken, relative, ids))
+        if selected is not None and watch.index is not None:
+            choices.append(compare_selections(watch.index, selected, self._index_errors(layer, limits)))
+        lost = _relative(out.hidden, step(exact, x).hidden) if self.converted else 0.0
+        self.free[i] = step(exact, self.free[i]).hidden
         carried = _relative(torch.from_numpy(r.hidden[layer]), self.free[i])
-        allowed = (sum(squares) + (through * sizes[1]) ** 2) ** 0.5
-        return _Seen(out.hidden, out.latent[0], allowed, choices, lost, carried)
+        new = zip(state_tensors(c, layer), out.rows, strict=True)
+        rows = {tensor.name: _visible(tensor, every[0], len(r.tokens)) for tensor, every in new}
+        return _Seen(out.hidden, rows, limits, tuple(choices), lost, carried)
+
+    def _index_errors(self, layer: int, limits: Allowed) -> IndexErrors:
+        paths = (
+            tolerance.index_query_path(self.config),
+            tolerance.row_path(self.config, layer, "index_key"),
+            tolerance.index_weight_path(self.config),
+        )
+        return IndexErrors(*(self._with_input(path, limits) for path in paths))
 
     def _experts(self, layer: int) -> tuple[int, int] | None:
         if not self.config.is_moe(layer):
@@ -186,7 +195,7 @@ class _Comparison:
         return len(taken), self.config.num_experts
 
     def _head(self) -> Boundary:
-        head, exact = self._pair(lambda: Head(self.config, torch.float32))
+        head, exact = self._pair(lambda: Head(self.config))
         path = tolerance.head_path(self.config)
         found, wanted, carried = [], [], []
         for r, free in zip(self.recordings, self.free, strict=True):
@@ -195,7 +204,7 @@ class _Comparison:
             found.append(torch.from_numpy(r.logits))
             carried.append(_relative(found[-1], exact(free, at)[0]))
         limits = [tolerance.CONFIDENCE * path.error(self.precision) * w.norm(dim=-1) for w in wanted]
-        return _judge("logits", found, wanted, limits, path.derivation(self.precision)).also(carried=max(carried))
+        return judge("logits", found, wanted, limits, path.derivation(self.precision)).also(carried=max(carried))
 
     def _pair(self, make: Callable[[], torch.nn.Module], layer: int | None = None) -> tuple[Any, Any]:
         """The part with the weights as the graph holds them, and as the checkpoint has them."""
@@ -207,80 +216,12 @@ class _Comparison:
         fill(exact, self.config, self.exact, layer)
         return held, exact
 
-    def _step(self, block: Block, x_MD: torch.Tensor, taken_MK: torch.Tensor | None) -> BlockOutput:
-        """The whole sequence at once over an empty cache: neither chunks nor decode, nor absorbed attention."""
-        start = torch.zeros(1, dtype=torch.int64)
-        cos, sin = rotations(self.config, start, len(x_MD))
-        cache = torch.empty(1, 0, self.config.latent_dim)
-        return block(x_MD, cos, sin, start, cache, taken_MK)
 
-
-class _Branches:
-    """What the two halves of a block add to the residual stream, and what its router sees."""
-
-    attention: torch.Tensor
-    feed_forward: torch.Tensor
-    router_input: torch.Tensor
-
-    def __init__(self, block: Block) -> None:
-        self._block = block
-
-    def __enter__(self) -> _Branches:
-        def attention(_m: object, _i: object, out: tuple[torch.Tensor, ...]) -> None:
-            self.attention = out[0]
-
-        def feed_forward(_m: object, inputs: tuple[torch.Tensor, ...], out: object) -> None:
-            self.router_input = inputs[0]
-            self.feed_forward = out[0] if isinstance(out, tuple) else out  # type: ignore[assignment]
-
-        self._hooks = [
-            self._block.self_attn.register_forward_hook(attention),
-            self._block.mlp.register_forward_hook(feed_forward),
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+def _visible(tensor: StateTensor, new: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Of all rows of a sequence that began with nothing, those that can still be seen at its end."""
+    complete = tensor.complete(tokens)
+    return new[max(0, complete - (tensor.ring or complete)) : complete]
 
 
 def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
-
-
-def _judge(
-    name: str,
-    found: Sequence[torch.Tensor],
-    wanted: Sequence[torch.Tensor],
-    allowed: Sequence[torch.Tensor],
-    derivation: str,
-) -> Boundary:
-    """Compare vectors token by token; ``allowed`` is the largest norm that each token's difference may have."""
-    a, b, limit = torch.cat(list(found)).double(), torch.cat(list(wanted)).double(), torch.cat(list(allowed)).double()
-    difference, size = (a - b).norm(dim=-1), b.norm(dim=-1).clamp_min(1e-30)
-    excess = torch.where(limit > 0, difference / limit.clamp_min(1e-300), torch.where(difference > 0, torch.inf, 0.0))
-    # NaN compares false with everything: it must not pass for a small number.
-    excess = torch.where((a.isfinite() & b.isfinite()).all(-1), excess, torch.inf)
-    worst = int(excess.argmax())
-    place = int((a - b)[worst].abs().argmax())
-    notes: tuple[str, ...] = ()
-    if not excess[worst] <= 1:
-        here, there = float(a[worst, place]), float(b[worst, place])
-        notes = (f"token {worst}, channel {place}: {here:.6g}, the reference has {there:.6g}",)
-    # Of a look-up no error is expected, and a single bit has failed it already.
-    mean = float((excess * tolerance.CONFIDENCE).square().mean().sqrt()) if bool((limit > 0).all()) else 0.0
-    mean_limit = tolerance.mean_limit(len(a)) if mean else 0.0
-    if not mean <= mean_limit:
-        notes += (f"over {len(a)} tokens {mean:.3g} times the error that rounding explains, at most {mean_limit:.3g}",)
-    return Boundary(
-        name,
-        not notes,
-        float((a - b).abs().max()),
-        float(difference[worst] / size[worst]),
-        float(limit[worst] / size[worst]),
-        float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30)),
-        derivation,
-        mean,
-        mean_limit,
-        notes=notes,
-    )

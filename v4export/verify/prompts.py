@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from v4export.config import CSA, HCA, ModelConfig
 from v4export.errors import BadInput
 from v4export.runtime.tokenizer import load_tokenizer
 
 #: Tokens of the prompts: one alone, fewer and more than a chunk, and some that end inside one.
 LENGTHS = (1, 7, 40, 97)
+
+#: Where entries are compressed, a prompt more goes so many tokens beyond the window, and beyond two of the longest.
+BEYOND = 14
 
 _TEXT = """def merge_sorted(left, right):
     result, i, j = [], 0, 0
@@ -30,16 +34,25 @@ for (int i = 0; i < n; ++i) { sum += a[i] * b[i]; }
 """
 
 
-def default_prompts(folder: Path, vocab_size: int, limit: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of ``LENGTHS`` tokens, none longer than ``limit``.
+def prompt_lengths(config: ModelConfig, limit: int) -> list[int]:
+    """Tokens of the prompts for a model, none longer than ``limit``."""
+    lengths = set(LENGTHS)
+    if config.compressed:
+        used = set(config.compressed.layers) & {CSA, HCA}
+        lengths.add(max([config.compressed.window, *(2 * config.compressed.ratio(kind) for kind in used)]) + BEYOND)
+    return sorted({min(n, limit) for n in lengths if limit > 0})
+
+
+def default_prompts(folder: Path, config: ModelConfig, limit: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of ``prompt_lengths`` tokens.
 
     Args:
         folder: where a tokenizer may lie.
-        vocab_size: of the model.
+        config: the model.
         limit: most tokens of a prompt.
         seed: of the random tokens that stand in for text where there is no tokenizer.
     """
-    lengths = sorted({min(n, limit) for n in LENGTHS if limit > 0})
+    lengths, vocab_size = prompt_lengths(config, limit), config.vocab_size
     rng = np.random.default_rng(seed)
     tokens: list[int] = []
     with contextlib.suppress(BadInput):

@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from v4export.config import ModelConfig
-from v4export.graphs.stamp import experts_name, hidden_name
+from v4export.graphs.stamp import experts_name, hidden_name, selected_name
 from v4export.runtime.generate import Executor
-from v4export.runtime.state import LatentState
+from v4export.runtime.state import State
+from v4export.state_contract import state_tensors
 
 
 class TappedExecutor(Executor, Protocol):
@@ -27,9 +28,10 @@ class Recording:
     Attributes:
         tokens: int64 [n], the prompt and the tokens that were decoded after it.
         prompt: how many of them were prefilled.
-        hidden: by layer, -1 the embedding: float32 [n, D].
+        hidden: by layer, -1 the embedding: float32 [n, D], or [n, X, D] with hyper-connections.
         experts: by routed layer: int64 [n, K].
-        latent: by layer: cached rows float32 [n, W].
+        selected: by layer with an indexer: int64 [n, K], -1 for none; K is the largest of all steps.
+        state: by layer and name: the rows that can still be seen, oldest first, float32 [rows, W].
         logits: float32 [n, V].
     """
 
@@ -37,14 +39,21 @@ class Recording:
     prompt: int
     hidden: dict[int, np.ndarray]
     experts: dict[int, np.ndarray]
-    latent: dict[int, np.ndarray]
+    selected: dict[int, np.ndarray]
+    state: dict[tuple[int, str], np.ndarray]
     logits: np.ndarray
+
+
+def indexed_layers(config: ModelConfig) -> list[int]:
+    """The layers in which an indexer selects what is attended to."""
+    return [i for i in range(config.num_layers) if "index_key" in {t.name for t in state_tensors(config, i)}]
 
 
 def tap_names(config: ModelConfig) -> list[str]:
     """The values inside the graph that a recording needs."""
-    layers = range(config.num_layers)
-    return [hidden_name(i) for i in (-1, *layers)] + [experts_name(i) for i in config.moe_layers]
+    hidden = [hidden_name(i) for i in range(-1, config.num_layers)]
+    chosen = [experts_name(i) for i in config.moe_layers]
+    return hidden + chosen + [selected_name(i) for i in indexed_layers(config)]
 
 
 def record(
@@ -64,10 +73,11 @@ def record(
             ids_BS[b, : len(piece)] = piece
         every_BS = np.broadcast_to(np.arange(S), (B, S))
         logits = executor.step(ids_BS, state, logits_at_BQ=every_BS, lengths_B=lengths_B)
-        for name, value in {**executor.tapped, "logits": logits}.items():
-            rows = value.reshape(B, S, -1)
+        for name, value in {**executor.tapped, "logits": logits.reshape(B * S, -1)}.items():
+            rows = value.reshape(B, S, *value.shape[1:])
             for b, length in enumerate(lengths_B):
-                kept[b].setdefault(name, []).append(rows[b, :length])
+                # A copy: a view would keep what other sequences were padded with.
+                kept[b].setdefault(name, []).append(rows[b, :length].copy())
 
     for start in range(0, max(map(len, prompts)), chunk):
         run([prompt[start : start + chunk] for prompt in prompts])
@@ -76,21 +86,29 @@ def record(
             newest = next(v for v in reversed(values["logits"]) if len(v))
             row.append(int(newest[-1].argmax()))
         run([row[-1:] for row in tokens])
-    return [
-        _recording(config, tokens[b], len(prompts[b]), {k: np.concatenate(v) for k, v in kept[b].items()}, state, b)
-        for b in range(B)
-    ]
+    return [_recording(config, tokens[b], len(prompts[b]), kept[b], state, b) for b in range(B)]
 
 
 def _recording(
-    config: ModelConfig, tokens: list[int], prompt: int, values: dict[str, np.ndarray], state: LatentState, b: int
+    config: ModelConfig, tokens: list[int], prompt: int, pieces: dict[str, list[np.ndarray]], state: State, b: int
 ) -> Recording:
     layers = range(config.num_layers)
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate(pieces.pop(name))  # no longer needed one by one
+
     return Recording(
         np.array(tokens, np.int64),
         prompt,
-        {i: values[hidden_name(i)].astype(np.float32) for i in (-1, *layers)},
-        {i: values[experts_name(i)] for i in config.moe_layers},
-        {i: state.held(i)[b, : len(tokens)].astype(np.float32) for i in layers},
-        values["logits"],
+        {i: joined(hidden_name(i)).astype(np.float32, copy=False) for i in (-1, *layers)},
+        {i: joined(experts_name(i)) for i in config.moe_layers},
+        {i: _widest(pieces.pop(selected_name(i))) for i in indexed_layers(config)},
+        {(i, t.name): state.rows(i, t.name, b).astype(np.float32) for i in layers for t in state_tensors(config, i)},
+        joined("logits"),
     )
+
+
+def _widest(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """Pieces [n, K] of different K one below the other; a step selects no more than there is."""
+    width = max(piece.shape[1] for piece in pieces)
+    return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in pieces])

@@ -13,11 +13,16 @@ import jinja2
 from v4export.config import ModelConfig
 from v4export.engine.build import EngineReport
 from v4export.plain import to_json
-from v4export.verify.compare import Boundary
+from v4export.verify.boundary import Boundary
 from v4export.verify.verification import Verification
 
 JSON = "report.json"
 HTML = "report.html"
+
+_NAME = 22  # characters of the longest name in a model of less than ten layers
+
+#: How a boundary's verdict is shown.
+MARKS = {"PASS": "✓", "FAIL": "✗", "AMBIGUOUS": "~"}
 
 
 def write_report(
@@ -52,6 +57,7 @@ def write_report(
             **content,
             config=config,
             boundaries=boundaries,
+            marks=MARKS,
             plot=_plot(boundaries),
             reasons=Counter(facts["audit"]["skipped_tensors"].values()),
         )
@@ -61,9 +67,10 @@ def write_report(
 def line(boundary: Boundary, precision: str) -> str:
     """A boundary as one line of text."""
     b = boundary
+    mark = MARKS[b.verdict]
     if b.ok and not b.limit:
-        return f"[✓] {b.name:<16} exact: {b.derivation}"
-    parts = [f"[{'✓' if b.ok else '✗'}] {b.name:<16} max|Δ| {b.max_abs:.1e}  rel {b.rel:.1e}  cos {b.cos:.6f}"]
+        return f"[{mark}] {b.name:<{_NAME}} {b.derivation}"
+    parts = [f"[{mark}] {b.name:<{_NAME}} max|Δ| {b.max_abs:.1e}  rel {b.rel:.1e}  cos {b.cos:.6f}"]
     parts.append(f"  (limit {b.limit:.1e}, {precision})")
     if b.carried is not None:
         parts.append(f"  carried {b.carried:.1e}")
@@ -71,6 +78,8 @@ def line(boundary: Boundary, precision: str) -> str:
         parts.append(f"  weights {b.weights:.1e}")
     if b.experts:
         parts.append(f"  {b.experts[0]}/{b.experts[1]} experts")
+    if b.selective:
+        parts.append(f"  {b.selective[0]}/{b.selective[1]} tokens selected among more")
     if b.ties:
         parts.append(f"  {b.ties} near-ties")
     return "".join(parts) + "".join(f"\n      {note}" for note in b.notes)

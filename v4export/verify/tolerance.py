@@ -11,9 +11,8 @@ So along a path of R stored results and sums of n_1, n_2, .. terms, the error re
 
 and a limit of CONFIDENCE times that is passed by chance about never. Over n tokens errors average out, which a defect
 does not: the root mean square of error over expected error may not exceed 1 + (CONFIDENCE - 1)/sqrt(n). That is what
-shows a constant that is a few percent off, whose effect on any one token is within 16-bit rounding. What a block adds
-to the residual stream is held to its own size, not to the stream's, so that a wrong small branch cannot hide behind a
-large residual.
+shows a constant that is a few percent off, whose effect on any one token is within 16-bit rounding. How the errors of a
+block's two halves reach the hidden states that leave it is said in ``halves.py``.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from v4export.config import ModelConfig
+from v4export.config import CSA, WINDOW, ModelConfig
 from v4export.precision import Precision
+from v4export.state_contract import state_tensors
 
 #: Multiple of the expected error that a limit allows; covers what the derivation leaves out: the conditioning of
 #: softmax, norms and cancelling sums, and the spread between tokens.
@@ -48,7 +48,7 @@ class Path:
         name: of the part.
         stored: results on the way that are stored in the activations' type.
         terms: lengths of the sums on the way, added up.
-        products: how many of the sums multiply by a matrix that may be FP8.
+        products: how many of the sums multiply by a matrix that may be FP8 or FP4.
     """
 
     name: str
@@ -58,8 +58,9 @@ class Path:
 
     def error(self, precision: Precision) -> float:
         """Expected error relative to the part's output."""
-        # An FP8 matrix is widened to the activations' type before it multiplies: one rounding more for each.
-        stored = self.stored + (self.products if precision.fp8 else 0)
+        # An FP8 or FP4 matrix is widened to the activations' type before it multiplies: one rounding more for each.
+        narrow = precision.fp8 or precision.fp4_experts
+        stored = self.stored + (self.products if narrow else 0)
         storage = 0.0 if precision.activations == "float32" else precision.roundoff
         return math.sqrt((stored * storage**2 + (self.terms + self.stored) * ACCUMULATE**2) / 3)
 
@@ -71,18 +72,55 @@ class Path:
         )
 
 
-def attention_path(config: ModelConfig, tokens: int) -> Path:
-    """Norm, query, absorbed score, softmax, mix, value, output projection."""
+def attention_path(config: ModelConfig, layer: int, tokens: int) -> Path:
+    """Norm, query, score, softmax, mix, output, over sequences of so many tokens.
+
+    Latent attention is absorbed: a product more on the way to the score, and one on the way to the value. That of
+    DeepSeek-V4 norms and rotates its queries, rotates its result back, and has two output projections; as many keys are
+    in a softmax as the window, the selected or all of the entries, and the sink are.
+    """
     c = config
-    low_rank = [c.q_lora_rank, c.q_lora_rank] if c.q_lora_rank else []  # its norm, and the second projection
-    sums = [c.hidden_size, c.hidden_size, *low_rank, c.qk_nope_head_dim, c.latent_dim, tokens, tokens, c.kv_lora_rank]
-    return Path("attention", len(sums) + 3, sum(sums) + c.num_heads * c.v_head_dim, 3 + 2 * bool(c.q_lora_rank))
+    if c.compressed is None:
+        seen = min(tokens, c.indexer.top_k) if c.indexer else tokens
+        low_rank = [c.q_lora_rank, c.q_lora_rank] if c.q_lora_rank else []  # its norm, and the second projection
+        sums = [c.hidden_size, c.hidden_size, *low_rank, c.qk_nope_head_dim, c.latent_dim, seen, seen, c.kv_lora_rank]
+        matrices = 3 + 2 * bool(c.q_lora_rank)
+        return Path("attention", len(sums) + 3, sum(sums) + c.num_heads * c.v_head_dim, matrices)
+    v, rank, kind = c.compressed, c.q_lora_rank or 0, c.compressed.layers[layer]
+    entries = 0 if kind == WINDOW else tokens // v.ratio(kind)
+    entries = min(entries, c.indexer.top_k) if c.indexer and kind == CSA else entries
+    keys = min(tokens, v.window) + entries + 1
+    query = [c.hidden_size, c.hidden_size, rank, rank, v.head_dim]  # the last one the heads' own norm
+    output = [c.num_heads * v.head_dim // v.o_groups, v.o_groups * v.o_lora_rank]
+    sums = [*query, v.head_dim, keys, keys, *output]
+    # Stored on the way: the query at each of its steps and once rotated, the mix, the mix rotated, two projections.
+    return Path("attention", len(query) + 1 + 2 + len(output), sum(sums), 4)
 
 
-def latent_path(config: ModelConfig) -> Path:
-    """Norm, down-projection, latent norm (or rotation): what is cached."""
-    sums = [config.hidden_size, config.hidden_size, config.kv_lora_rank]
-    return Path("state", len(sums), sum(sums), 1)
+def row_path(config: ModelConfig, layer: int, name: str) -> Path:
+    """What is kept in a state tensor: a projection, normed and rotated; or pooled from projections, and then so."""
+    width = config.hidden_size
+    tensors = {t.name: t for t in state_tensors(config, layer)}
+    tensor = tensors[name]
+    if name == "latent":  # either normed or rotated
+        return Path(name, 3, 2 * width + config.kv_lora_rank, 1)
+    if tensor.float32:  # projections of normed hidden states, which are stored, in float32
+        return Path(name, 1, 2 * width, 0)
+    if tensor.every == 1:
+        return Path(name, 4, 2 * width + tensor.width, 1)
+    slots = tensors[{"entry": "open", "index_key": "index_open"}[name]].ring or 0
+    return Path(name, 4, 2 * width + 2 * slots + tensor.width, 0)
+
+
+def index_query_path(config: ModelConfig) -> Path:
+    """Norm, two projections with a norm between them, rotation: an indexer's queries."""
+    rank = config.q_lora_rank or 0
+    return Path("index query", 5, 2 * config.hidden_size + 2 * rank, 2)
+
+
+def index_weight_path(config: ModelConfig) -> Path:
+    """Norm and projection: the weights of an indexer's heads."""
+    return Path("index weight", 2, 2 * config.hidden_size, 0)
 
 
 def feed_forward_path(config: ModelConfig, layer: int) -> Path:
@@ -94,10 +132,28 @@ def feed_forward_path(config: ModelConfig, layer: int) -> Path:
     return Path("feed-forward", len(sums) + len(routed) + 2, sum(sums) + sum(routed), 2)
 
 
+def hyper_paths(config: ModelConfig) -> tuple[Path, Path, Path]:
+    """Of hyper-connections: the stored input of a half, what its coefficients come from, and Sinkhorn's sums.
+
+    The latter two are float32 whatever the precision: nothing is stored. Without hyper-connections nothing happens.
+    """
+    if config.hyper is None:
+        return (Path("", 0, 0, 0),) * 3
+    X = config.hyper.streams
+    sinkhorn = 2 * config.hyper.sinkhorn_iterations * X
+    return (
+        Path("collapse", 1, X, 0),
+        # A root halves the error of the norm's squares.
+        Path("coefficients", 0, X * config.hidden_size * 5 // 4, 0),
+        Path("Sinkhorn", 0, sinkhorn, 0),
+    )
+
+
 def head_path(config: ModelConfig) -> Path:
-    """Final norm and logits; the head's matrix is never FP8."""
-    return Path("head", 2, 2 * config.hidden_size, 0)
+    """Final norm and logits; the head's matrix is never FP8. With hyper-connections a collapse before."""
+    collapse = hyper_paths(config)[:2]
+    return Path("head", 2 + sum(p.stored for p in collapse), 2 * config.hidden_size + sum(p.terms for p in collapse), 0)
 
 
-#: The residual stream is stored twice in a block.
-RESIDUAL = Path("residual", 2, 2, 0)
+#: Hidden states are stored after each half of a block.
+RESIDUAL = Path("residual", 1, 1, 0)

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 import psutil
 
 from v4export.checkpoint.audit import Weight
+from v4export.config import WINDOW, ModelConfig
 from v4export.errors import NumbersDiffer
 from v4export.graphs.export import LOWERED_FOR_CPU, PORTABLE
 from v4export.package.bundle import Bundle
 from v4export.runtime.onnx import OnnxExecutor
-from v4export.verify.compare import Boundary, compare
+from v4export.verify.boundary import Boundary
+from v4export.verify.compare import compare
 from v4export.verify.prompts import LENGTHS, default_prompts
 from v4export.verify.recording import record, tap_names
 from v4export.verify.references import check_references
 
-#: Tokens of a prefill chunk while verifying: small, so that prompts take several.
-CHUNK = 32
+#: Tokens of a prefill chunk while verifying: small, so that prompts take several; and odd, so that chunks begin at
+#: every place within a compressed entry.
+CHUNK = 37
 
 #: The same for the portable bodies, which gather the matrices of every token's experts at once.
-BODIES_CHUNK = 4
+BODIES_CHUNK = 3
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,13 @@ class Verification:
 
     @property
     def ties(self) -> int:
-        """Tokens routed differently within a near tie, over all layers."""
+        """Tokens whose experts or selection differ within a near tie, over all layers."""
         return sum(b.ties for b in self.boundaries)
 
     @property
     def layers(self) -> int:
         """How many layers were compared."""
-        return sum(b.name.endswith(("dense", "routed")) for b in self.boundaries)
+        return len({b.name.split()[1] for b in self.boundaries if b.name.startswith("layer ")})
 
     def summary(self) -> str:
         """The line that scripts look for, without time and command."""
@@ -101,7 +104,7 @@ def verify_bundle(
     """
     config = bundle.config
     decode = min(decode, bundle.max_seq_len // 2)
-    prompts = prompts or default_prompts(bundle.folder, config.vocab_size, bundle.max_seq_len - decode)
+    prompts = prompts or default_prompts(bundle.folder, config, bundle.max_seq_len - decode)
     references = _references(bundle, weights)
     advance(references)
     batches = [[prompt] for prompt in prompts] + [list(prompts[:-1])] * (len(prompts) > 2)
@@ -110,17 +113,27 @@ def verify_bundle(
     bodies = device != "cpu" or bodies_fit(bundle)
     if device == "cpu" and bodies:
         executor = _executor(bundle, device, bodies=True)
-        short = [prompt[: 2 * BODIES_CHUNK] for prompt in prompts]
-        recordings += record(executor, config, short, chunk=BODIES_CHUNK, decode=min(decode, 2))
+        for batch in _for_bodies(config, prompts):
+            recordings += record(executor, config, batch, chunk=BODIES_CHUNK, decode=min(decode, 2))
     boundaries = compare(weights, config, bundle.precision, recordings, advance)
     return Verification(device, tuple(map(len, prompts)), decode, (references, *boundaries), bodies)
+
+
+def _for_bodies(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """What the portable bodies run: all beginnings as a batch; and the longest prompt alone to its first long entry."""
+    batches = [[prompt[: 3 * BODIES_CHUNK] for prompt in prompts]]
+    if config.compressed:
+        kinds = set(config.compressed.layers) - {WINDOW}
+        reach = max([config.compressed.window, *map(config.compressed.ratio, kinds)]) + 2 * BODIES_CHUNK
+        batches.append([max(prompts, key=len)[:reach]])
+    return batches
 
 
 def bodies_fit(bundle: Bundle) -> bool:
     """Whether the stacks of experts that the portable bodies make fit into half of the free memory."""
     c = bundle.config
     stacks = len(c.moe_layers) * c.num_experts
-    gathered = len(LENGTHS) * BODIES_CHUNK * c.experts_per_token
+    gathered = (len(LENGTHS) + bool(c.compressed)) * BODIES_CHUNK * c.experts_per_token
     # onnxruntime folds the stacks, in float32, while their parts are still there.
     return (2 * stacks + gathered) * c.expert_parameters * 4 < psutil.virtual_memory().available // 2
 
@@ -141,5 +154,6 @@ def _executor(bundle: Bundle, device: str, bodies: bool) -> OnnxExecutor:
 def _references(bundle: Bundle, weights: dict[str, Weight]) -> Boundary:
     """The check of every weight reference, as the first line of the report."""
     found = check_references(bundle.folder, (PORTABLE, LOWERED_FOR_CPU), weights, bundle.precision)
-    derivation = f"{found.count} references to weights compared with the checkpoint, {found.converted} converted again"
+    derivation = f"exact: {found.count} references to weights compared with the checkpoint, "
+    derivation += f"{found.converted} converted again"
     return Boundary("weights", not found.wrong, 0.0, 0.0, 0.0, 1.0, derivation, notes=found.wrong[:5])

@@ -16,6 +16,7 @@ import click
 import numpy as np
 from engines import THREADS, Child, Onnx, Transformers
 from exporting import HOW, attempt
+from page import PAGE, replace_between, row
 from subject import checkpoint, subject
 
 from v4export.checkpoint.count import parameter_counts
@@ -29,7 +30,6 @@ CASES = (
     ("prefill, 512 new", 0, 512, 1, 1),
 )
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured -->", "<!-- end of what was measured -->"
 
 
@@ -50,17 +50,16 @@ def main(folder: Path | None, rounds: int, exporter_timeout: float, into: Path) 
         for table in (speeds(bundle, model, rounds), node_counts(bundle, here)):
             click.echo(f"\n{table}")
             tables.append(table)
-    before, rest = into.read_text().split(BEGIN)
-    into.write_text("\n\n".join([before + BEGIN, *tables, END + rest.split(END)[1]]))
+    replace_between(into, BEGIN, END, tables)
 
 
 def exports(model: Path, here: Path, timeout_s: float) -> str:
     """The table of exports; ours always runs, for the rest of the page is measured on what it makes."""
-    lines = [_row("export", "time, peak memory"), _row("---", "---")]
+    lines = [row("export", "time, peak memory"), row("---", "---")]
     for how in HOW:
         limit = 600.0 if how == "v4export" else timeout_s
         if limit:
-            lines.append(_row(how, attempt(how, model, here / how.replace(", ", "-"), limit)))
+            lines.append(row(how, attempt(how, model, here / how.replace(", ", "-"), limit)))
     return "\n".join(lines)
 
 
@@ -79,7 +78,7 @@ def speeds(bundle: Path, model: Path, rounds: int) -> str:
         Child("onnxruntime, mapped", Onnx, bundle, False),
         Child("transformers", Transformers, model),
     ]
-    lines = [_row("ms: least (median)", *(e.name for e in engines), "transformers / onnxruntime"), _row(*["---"] * 5)]
+    lines = [row("ms: least (median)", *(e.name for e in engines), "transformers / onnxruntime"), row(*["---"] * 5)]
     floor_ms, bandwidth = floor()
     for title, held, new, ours, theirs in CASES:
         times: dict[str, list[float]] = {e.name: [] for e in engines}
@@ -92,11 +91,11 @@ def speeds(bundle: Path, model: Path, rounds: int) -> str:
         middle = {name: float(np.median(seconds)) * 1e3 for name, seconds in times.items()}
         cells = [f"{least[e.name]:.1f} ({middle[e.name]:.1f})" for e in engines]
         ratio = [t["transformers"] / t["onnxruntime"] for t in (least, middle)]
-        lines.append(_row(title, *cells, f"{ratio[0]:.1f} ({ratio[1]:.1f})"))
+        lines.append(row(title, *cells, f"{ratio[0]:.1f} ({ratio[1]:.1f})"))
         if held == CASES[0][1]:
             over_floor = f"{least['onnxruntime'] / floor_ms:.2f}, mapped {least['onnxruntime, mapped'] / floor_ms:.2f}"
-    lines.append(_row("loading, s", *(f"{e.load_s:.1f}" for e in engines), ""))
-    lines.append(_row("peak memory, GB", *(f"{e.close():.2f}" for e in engines), ""))
+    lines.append(row("loading, s", *(f"{e.load_s:.1f}" for e in engines), ""))
+    lines.append(row("peak memory, GB", *(f"{e.close():.2f}" for e in engines), ""))
     megabytes = 4 * parameter_counts(subject()).active / 1e6
     lines += [
         "",
@@ -133,10 +132,6 @@ def node_counts(bundle: Path, here: Path) -> str:
         source = synth(config, here / f"sparse-{experts}", sparse=True)
         counts[experts] = api.export(source, here / f"graph-{experts}", precision="fp32").graphs.nodes
     return "Nodes of model.onnx: " + ", ".join(f"{n} with {e} experts" for e, n in sorted(counts.items())) + "."
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ THREADS = 2
 class Onnx:
     """onnxruntime over an exported bundle."""
 
-    def __init__(self, bundle: Path, prepack: bool) -> None:
+    def __init__(self, bundle: Path, prepack: bool, max_seq_len: int = MAX_SEQ_LEN) -> None:
         from v4export.package.bundle import Bundle
         from v4export.runtime.onnx import OnnxExecutor
 
         b = Bundle.open(bundle)
         self.engine = OnnxExecutor(
-            b.folder, b.config, b.precision, max_seq_len=MAX_SEQ_LEN, threads=THREADS, prepack=prepack
+            b.folder, b.config, b.precision, max_seq_len=max_seq_len, threads=THREADS, prepack=prepack
         )
         self.vocabulary = b.config.vocab_size
         self.state: Any = None
@@ -34,7 +34,7 @@ class Onnx:
         self.state = self.engine.new_state()
         self.state.reserve(tokens + 64)
         for buffer in self.state.buffers:
-            buffer[:, :tokens] = np.random.default_rng(0).standard_normal((1, tokens, buffer.shape[2]), np.float32)
+            buffer.array[:] = np.random.default_rng(0).standard_normal(buffer.array.shape, np.float32)
         self.state.lengths_B = np.array([tokens])
 
     def step(self, tokens: int) -> None:

@@ -156,7 +156,7 @@ def test_damaged_checkpoint(capfd, checkpoint, place, name):
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--precision", "fp4"], 2, ("unknown precision 'fp4'", "fp32, fp16, bf16, fp8")),
+        (["--precision", "fp4"], 2, ("No precision is called 'fp4'", "fp32, fp16, bf16, fp8")),
         (["--precision", "fp8", "--target", "a100"], 2, ("sm80", "has no fp8", "sm89")),
         (["--precision", "bf16", "--target", "t4"], 2, ("sm75", "has no bf16")),
         (["--target", "rtx409"], 2, ("rtx409", "Did you mean rtx4090")),

@@ -16,7 +16,8 @@ FOLDERS = {"v4export": ROOT / "v4export", "v4export.plugins": ROOT / "plugins", 
 FILES = {file: name for name, folder in FOLDERS.items() for file in sorted(folder.rglob("*.py"))}
 #: Small modules at the top, which any room may use and which use no room.
 SHARED = {
-    "config", "config_readers", "config_keys", "errors", "plain", "precision", "presets", "progress",
+    "config", "config_readers", "config_readers_v4", "config_keys", "config_parts", "config_values", "errors", "plain",
+    "precision", "presets", "progress", "state_contract",
 }  # fmt: skip
 #: Room -> rooms it may import, directly.
 MAY_IMPORT = {
@@ -25,9 +26,9 @@ MAY_IMPORT = {
     "model": {"plugins"},
     "graphs": {"model", "plugins", "checkpoint"},
     "runtime": {"model", "graphs"},
-    "engine": set(),
+    "engine": {"plugins"},
     "package": set(),
-    "verify": {"runtime", "model", "graphs", "checkpoint", "package", "engine"},
+    "verify": {"runtime", "model", "plugins", "graphs", "checkpoint", "package", "engine"},
     "show": {"engine", "api", "runtime", "verify"},
     "api": {"checkpoint", "model", "graphs", "engine", "runtime", "verify", "package"},
     "cli": {"api", "show", "engine", "verify", "package"},

@@ -16,7 +16,14 @@ from v4export.checkpoint.synth import synth as write_checkpoint
 from v4export.config import ModelConfig
 from v4export.config_readers import read_config
 from v4export.engine.build import EngineReport
-from v4export.engine.options import DEFAULT_ENGINE, EngineOptions, check_targets, engine_of
+from v4export.engine.options import (
+    DEFAULT_ENGINE,
+    EngineOptions,
+    check_targets,
+    engine_of,
+    precision_for,
+    prefill_chunk,
+)
 from v4export.errors import BadInput
 from v4export.graphs.export import PORTABLE, Graphs, export_graphs
 from v4export.package.bundle import Bundle, whole_folder, write_manifest
@@ -26,7 +33,9 @@ from v4export.runtime.generate import Generation, run_text
 from v4export.runtime.onnx import OnnxExecutor
 from v4export.runtime.sampling import Sampling
 from v4export.runtime.tokenizer import TOKENIZER_FILES, load_tokenizer
-from v4export.verify.compare import Boundary
+from v4export.state_contract import bytes_per_token, fixed_bytes
+from v4export.verify.boundary import Boundary
+from v4export.verify.compare import expected_boundaries
 from v4export.verify.report import write_report
 from v4export.verify.verification import Verification, verify_bundle
 
@@ -42,6 +51,7 @@ class Built:
         bundle: the folder.
         audit: how the checkpoint's tensors were accounted for.
         graphs: what was exported.
+        note: why the precision is not the one asked for, if it is not.
         verification: how the graph compares with the PyTorch definition, if it was verified.
         engine: what TensorRT built, if it was asked to.
     """
@@ -49,17 +59,19 @@ class Built:
     bundle: Bundle
     audit: str
     graphs: Graphs
+    note: str | None = None
     verification: Verification | None = None
     engine: EngineReport | None = None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a model is. ``dtypes`` counts stored tensors and is empty for a preset."""
+    """What a model is. State is in 16 bits; ``dtypes`` counts stored tensors and is empty for a preset."""
 
     config: ModelConfig
     parameters: ParameterCounts
-    state_bytes_per_token: int
+    state_bytes_per_token: float
+    state_bytes_fixed: int
     dtypes: dict[str, int] = field(default_factory=dict)
     stored_bytes: int = 0
     audit: str | None = None
@@ -109,8 +121,7 @@ def inspect(model: str | Path) -> Inspection:
 
 
 def _inspection(config: ModelConfig) -> Inspection:
-    per_token = config.num_layers * config.latent_dim * 2
-    return Inspection(config, parameter_counts(config), per_token)
+    return Inspection(config, parameter_counts(config), bytes_per_token(config), fixed_bytes(config))
 
 
 def export(model: str | Path, out: str | Path, **options: Any) -> Built:
@@ -160,17 +171,22 @@ def build(
         BadInput, NotEnough, NotSupported: nothing is left.
     """
     stages = stages or Stages(quiet=True)
-    found = find_precision(precision)
+    note = None
     if engine:
+        precision, note = precision_for(engine, precision)
         check_targets(engine, precision)
+    found = find_precision(precision)
     with whole_folder(Path(out), force) as folder:
         checkpoint, account = audited(model, layers, scan_values, stages)
         config = checkpoint.config
         length = _longest(config, max_seq_len)
+        if engine:
+            prefill_chunk(config, engine, length, 4 if found.activations == "float32" else 2)
         graphs = export_graphs(config, account, found, folder, stages, copy_weights=copy_weights)
         copy_tokenizer(checkpoint.directory, folder)
         facts: dict[str, Any] = {
             "precision": precision,
+            "precision_note": note,
             "max_seq_len": length,
             "command": command,
             "config": checkpoint.config_json,
@@ -195,7 +211,7 @@ def build(
         write_manifest(folder, facts, frozenset(graphs.linked))
         if verification:
             verification.check()
-    return Built(Bundle.open(Path(out)), account.summary(), graphs, verification, engine_report)
+    return Built(Bundle.open(Path(out)), account.summary(), graphs, note, verification, engine_report)
 
 
 def verify(
@@ -330,8 +346,8 @@ def _config_file(config: str) -> ModelConfig:
 def _verified(
     bundle: Bundle, account: Audit, stages: Stages, on_boundary: Callable[[Boundary], None], **options: Any
 ) -> Verification:
-    """Verify with progress; a layer has two boundaries, and there are three more."""
-    with stages.stage("verify", 2 * bundle.config.num_layers + 3) as advance:
+    """Verify with progress."""
+    with stages.stage("verify", expected_boundaries(bundle.config)) as advance:
 
         def show(boundary: Boundary) -> None:
             advance(1)

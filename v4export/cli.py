@@ -150,16 +150,19 @@ def build(as_json: bool, quiet: bool, verbose: bool, no_engine: bool, no_verify:
     MODEL is a Hugging Face checkpoint directory. OUT appears whole, or not at all.
     """
     from v4export import api
+    from v4export.engine.options import precision_for
 
-    start, engine = time.monotonic(), _engine(given)
+    start, asked = time.monotonic(), _engine(given)
+    engine = None if no_engine else asked
+    shown = precision_for(engine, given["precision"])[0] if engine else given["precision"]
     try:
         built = api.build(
             given.pop("model"),
             given.pop("out"),
-            engine=None if no_engine else engine,
+            engine=engine,
             verify=not no_verify,
             stages=Stages(quiet=quiet),
-            on_boundary=_print_boundary(as_json, given["precision"]),
+            on_boundary=_print_boundary(as_json, shown),
             on_line=_log if verbose else None,
             command=_command(),
             **given,

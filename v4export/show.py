@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from v4export.config import CSA, HCA, ModelConfig
 from v4export.engine.targets import support_rows
 
 if TYPE_CHECKING:  # at run time these rooms are heavy, and nothing here needs more than their results
@@ -26,6 +28,8 @@ def built(result: Built, seconds: float, command: str) -> str:
         f"{folder / 'model.onnx'}: {g.nodes} nodes, {_mib(g.pointed_bytes)} of weights used where they lie, "
         f"{_mib(g.written_bytes)} written",
     ]
+    if result.note:
+        lines.append(result.note)
     if result.engine:
         lines.append(engine(result.engine))
     if result.verification:
@@ -65,8 +69,9 @@ def inspection_json(found: Inspection) -> dict[str, Any]:
         "family": c.family,
         "parameters": {"total": p.total, "active": p.active, "by_part": dict(p.by_part)},
         "state_bytes_per_token": found.state_bytes_per_token,
+        "state_bytes_fixed": found.state_bytes_fixed,
         "dtypes": found.dtypes,
-        "layers": {"total": c.num_layers, "dense": c.num_layers - len(c.moe_layers), "routed": len(c.moe_layers)},
+        "layers": {"total": c.num_layers, **_layer_counts(c)},
         "stored_bytes": found.stored_bytes,
         "audit": found.audit,
     }
@@ -77,13 +82,15 @@ def inspection(found: Inspection) -> str:
     c, p = found.config, found.parameters
     rows = {
         "family": c.family,
-        "layers": f"{c.num_layers}: {c.num_layers - len(c.moe_layers)} dense, {len(c.moe_layers)} routed",
+        "layers": f"{c.num_layers}: " + ", ".join(f"{count} {kind}" for kind, count in _layer_counts(c).items()),
         "parameters": f"{p.total:,}, of which {p.active:,} active for a token",
         **{f"  {part.replace('_', ' ')}": f"{count:,}" for part, count in p.by_part.items()},
         "experts": f"{c.num_experts}, {c.experts_per_token} for a token, {c.num_shared_experts} shared",
         "routing": f"{c.scoring}, {c.topk_method}, {c.num_groups} groups",
-        "attention": f"{c.num_heads} heads over a latent of {c.kv_lora_rank} + {c.qk_rope_head_dim} rotary",
-        "state": f"{found.state_bytes_per_token:,} bytes per token in 16 bits",
+        "attention": _attention(c),
+        **({"residual": f"{c.hyper.streams} streams with hyper-connections"} if c.hyper else {}),
+        "state": f"{found.state_bytes_per_token:,} bytes per token in 16 bits"
+        + (f", and {_mib(found.state_bytes_fixed)} whatever the length" if found.state_bytes_fixed else ""),
         "stored": f"{_mib(found.stored_bytes)}: " + ", ".join(f"{n} {d}" for d, n in found.dtypes.items())
         if found.dtypes
         else "a preset has no weights",
@@ -94,6 +101,23 @@ def inspection(found: Inspection) -> str:
     text = "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
     header, *body = support_rows()
     return f"{text}\n\nengines can be built for\n{_table(header, body)}"
+
+
+def _layer_counts(config: ModelConfig) -> dict[str, int]:
+    return dict(Counter(map(config.kind, range(config.num_layers))))
+
+
+def _attention(c: ModelConfig) -> str:
+    selected = f", {c.indexer.top_k} selected by {c.indexer.num_heads} index heads" if c.indexer else ""
+    if c.compressed is None:
+        return f"{c.num_heads} heads over a latent of {c.kv_lora_rank} + {c.qk_rope_head_dim} rotary{selected}"
+    v = c.compressed
+    ratios = " and ".join(str(v.ratio(kind)) for kind in (CSA, HCA) if kind in v.layers)
+    return (
+        f"{c.num_heads} heads of {v.head_dim} over a window of {v.window}"
+        + (f" and entries of {ratios} tokens" if ratios else "")
+        + selected
+    )
 
 
 def preset_table(found: Mapping[str, Inspection]) -> str:

@@ -172,10 +172,8 @@ def decide(weight: Weight, precision: Precision) -> tuple[list[tuple[str, Stored
             return kept, []
         if scale.dtype == SAFETENSORS_NAMES[wide]:
             return [*kept, (weight.name + SCALE, scale)], []
-        widened = Conversion(
-            weight.name + SCALE, wide, scale.shape, lambda: iter([scale.read().astype(numpy_dtype(wide))])
-        )
-        return kept, [widened]
+        to = numpy_dtype(wide)
+        return kept, [Conversion(weight.name + SCALE, wide, scale.shape, lambda: iter([scale.read().astype(to)]))]
     if dtype == FP4:
         return [], _packed(weight)
     if dtype == "float8_e4m3fn":
@@ -261,11 +259,13 @@ def _bring(files: Sequence[Path], folder: Path, copy: bool) -> dict[Path, str]:
 
 def _shards(conversions: Sequence[Conversion]) -> Iterator[list[Conversion]]:
     shard: list[Conversion] = []
+    size = 0
     for conversion in conversions:
-        if shard and sum(c.nbytes for c in shard) + conversion.nbytes > _SHARD_BYTES:
+        if shard and size + conversion.nbytes > _SHARD_BYTES:
             yield shard
-            shard = []
+            shard, size = [], 0
         shard.append(conversion)
+        size += conversion.nbytes
     if shard:
         yield shard
 

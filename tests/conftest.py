@@ -10,7 +10,7 @@ import torch
 
 from v4export import api, presets
 from v4export.checkpoint.synth import synth
-from v4export.config_readers import to_hub_config
+from v4export.config.readers import to_hub_config
 from v4export.package.bundle import Bundle
 
 # Operators on tiny tensors: a second thread costs more than it brings.

@@ -177,6 +177,21 @@ def test_inspect(capfd, trained_checkpoint):
     assert text.code == 0 and text.err == "" and "engines can be built for" in text.out and "rtx4090" in text.out
 
 
+@pytest.mark.parametrize(
+    ("preset", "growing", "layers"),
+    [
+        ("deepseek-v4-flash", 6880, {"window hash": 2, "csa hash": 1, "hca": 20, "csa": 20}),
+        ("deepseek-v4-pro", 9848, {"hca hash": 2, "csa hash": 1, "hca": 29, "csa": 29}),
+    ],
+)
+def test_inspect_says_what_state_costs(capfd, preset, growing, layers):
+    found = json.loads(call(capfd, "inspect", preset, "--json").out)
+    assert found["state_bytes_per_token"] == growing and found["state_bytes_fixed"] > 10**7
+    assert found["layers"] == {"total": sum(layers.values()), **layers}
+    text = call(capfd, "inspect", preset).out
+    assert f"{growing:,} bytes per token in 16 bits, and" in text and "entries of 4 and 128 tokens" in text
+
+
 def test_presets(capfd):
     found = json.loads(call(capfd, "presets", "--json").out)
     assert sorted(found) == sorted(presets.names())
@@ -321,6 +336,19 @@ def test_build_with_engine(capfd, tmp_path, trained_checkpoint, precision):
     bundle = Bundle.open(out)
     assert bundle.config.num_layers == 2 and bundle.manifest["engine"]["targets"] == ["sm89"]
     assert (out / "model.engine").stat().st_size == bundle.manifest["files"]["model.engine"]["bytes"]
+
+
+@pytest.mark.slow
+def test_a_target_without_fp4_gets_experts_in_fp8(capfd, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    assert call(capfd, "synth", "tiny-v4-fp4", "-o", tmp_path / "hub").code == 0
+    arguments = ["--precision", "mxfp4", "--layers", "0:1", "--target", "sm89", "--max-seq-len", 64]
+    found = call(capfd, "build", tmp_path / "hub", "-o", tmp_path / "out", *arguments)
+    assert found.code == 0, found.err
+    assert "sm89 has no FP4" in found.out and ", fp8)" in found.out and ", mxfp4)" not in found.out
+    manifest = Bundle.open(tmp_path / "out").manifest
+    assert manifest["precision"] == manifest["engine"]["precision"] == "fp8"
+    assert "sm89 has no FP4" in manifest["precision_note"]
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from v4export import presets
 from v4export.config import CSA, HCA, WINDOW, Fp8Blocks, Indexer, Yarn
-from v4export.config_keys import COMMON
-from v4export.config_readers import FAMILIES, read_config, to_hub_config
-from v4export.config_values import REQUIRED
+from v4export.config.keys import COMMON
+from v4export.config.readers import FAMILIES, read_config, to_hub_config
+from v4export.config.values import REQUIRED
 from v4export.errors import BadInput, NotSupported
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}

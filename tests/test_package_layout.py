@@ -15,10 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"v4export": ROOT / "v4export", "v4export.plugins": ROOT / "plugins", "v4export.graphs": ROOT / "graphs"}
 FILES = {file: name for name, folder in FOLDERS.items() for file in sorted(folder.rglob("*.py"))}
 #: Small modules at the top, which any room may use and which use no room.
-SHARED = {
-    "config", "config_readers", "config_readers_v4", "config_keys", "config_parts", "config_values", "errors", "plain",
-    "precision", "presets", "progress", "state_contract",
-}  # fmt: skip
+SHARED = {"config", "errors", "plain", "precision", "presets", "progress", "state_contract"}
 #: Room -> rooms it may import, directly.
 MAY_IMPORT = {
     "plugins": set(),

@@ -14,7 +14,7 @@ from v4export.checkpoint.count import ParameterCounts, parameter_counts
 from v4export.checkpoint.index import Checkpoint
 from v4export.checkpoint.synth import synth as write_checkpoint
 from v4export.config import ModelConfig
-from v4export.config_readers import read_config
+from v4export.config.readers import read_config
 from v4export.engine.build import EngineReport
 from v4export.engine.options import (
     DEFAULT_ENGINE,

@@ -16,7 +16,7 @@ from v4export.checkpoint.index import Checkpoint
 from v4export.checkpoint.names import expected
 from v4export.checkpoint.synth import synth
 from v4export.checkpoint.tensor import DTYPES
-from v4export.config_readers import read_config, to_hub_config
+from v4export.config.readers import read_config, to_hub_config
 
 CLASSES = {
     "deepseek_v2": "DeepseekV2",

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+from traced import traced_once
 
 from v4export import presets
 from v4export.checkpoint import names
@@ -17,7 +18,7 @@ from v4export.checkpoint.formats import grid
 from v4export.checkpoint.names import SCALE
 from v4export.config import ModelConfig
 from v4export.graphs.stamp import stamp
-from v4export.graphs.trace import Part, trace_parts
+from v4export.graphs.trace import Part
 from v4export.graphs.weights import FP4, FP4_SCALE, Placed, numpy_dtype
 from v4export.precision import PRECISIONS, Precision
 
@@ -33,7 +34,7 @@ def trace() -> Trace:
         key = (preset, precision, *sorted(changes.items()))
         if key not in made:
             config = replace(presets.load(preset), **changes)
-            made[key] = config, PRECISIONS[precision], trace_parts(config, PRECISIONS[precision])
+            made[key] = config, PRECISIONS[precision], traced_once(config, PRECISIONS[precision])
         return made[key]
 
     return make

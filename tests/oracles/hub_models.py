@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from v4export.config import ModelConfig
-from v4export.config_readers import read_config
+from v4export.config.readers import read_config
 from v4export.model import Transformer
 
 SMALL: dict[str, Any] = {

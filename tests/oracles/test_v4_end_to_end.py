@@ -39,7 +39,7 @@ def saved(model, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
 def test_build(saved, precision, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    options = EngineOptions(targets=("sm120",), max_chunk=32)
+    options = EngineOptions(targets=("sm89",), max_chunk=32)
     built = api.build(saved, tmp_path / "out", precision=precision, max_seq_len=512, engine=options)
     assert built.verification is not None and built.engine is not None
     assert built.verification.summary().startswith("PASSED | 4 layers")

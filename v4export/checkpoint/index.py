@@ -16,7 +16,7 @@ from typing import Any
 from v4export.checkpoint.aliases import by_canonical_name
 from v4export.checkpoint.tensor import StoredTensor, read_header
 from v4export.config import ModelConfig
-from v4export.config_readers import read_config
+from v4export.config.readers import read_config
 from v4export.errors import BadInput
 
 INDEX = "model.safetensors.index.json"

@@ -9,14 +9,11 @@ the reason it is not needed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from v4export.checkpoint import names_v4
+from v4export.checkpoint.table import Table
 from v4export.config import Indexer, ModelConfig
-
-Shape = Callable[[ModelConfig], tuple[int, ...]]
-Table = dict[str, tuple[Shape, str]]
 
 SCALE = "_scale_inv"  # what an FP8 weight's name is followed by for its multipliers
 

@@ -6,12 +6,9 @@ The names are those of transformers' modules. What checkpoints call the same ten
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from v4export.checkpoint.table import Table
 from v4export.config import CSA, HCA, WINDOW, CompressedAttention, HyperConnections, Indexer, ModelConfig
-
-if TYPE_CHECKING:
-    from v4export.checkpoint.names import Table
 
 
 def _attention(config: ModelConfig) -> CompressedAttention:

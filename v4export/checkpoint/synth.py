@@ -27,7 +27,7 @@ from v4export.checkpoint.index import INDEX
 from v4export.checkpoint.names import SCALE, Expected
 from v4export.checkpoint.tensor import DTYPES
 from v4export.config import ModelConfig
-from v4export.config_readers import to_hub_config
+from v4export.config.readers import to_hub_config
 from v4export.errors import BadInput, NotEnough, NotSupported
 from v4export.precision import FLOAT32_ROLES, MATRIX_ROLES
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from v4export.config import ModelConfig
-from v4export.config_readers import read_config
+from v4export.config.readers import read_config
 from v4export.errors import BadInput, NotEnough, NumbersDiffer
 from v4export.plain import to_json
 from v4export.precision import Precision, precision

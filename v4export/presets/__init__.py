@@ -10,7 +10,7 @@ import difflib
 from pathlib import Path
 
 from v4export.config import ModelConfig
-from v4export.config_readers import read_config
+from v4export.config.readers import read_config
 from v4export.errors import BadInput
 
 _FOLDER = Path(__file__).parent

@@ -1,6 +1,6 @@
 """ModelConfig: what a model is, read from a Hugging Face config.json.
 
-Readers are in ``config_readers.py``, one table per family. A key that no table knows is an error: a config that is
+Readers are in ``config/readers.py``, one table per family. A key that no table knows is an error: a config that is
 half understood is how a graph gets built that runs and is wrong.
 """
 

@@ -1,6 +1,6 @@
 """Reads a Hugging Face config.json into ModelConfig, and writes it back.
 
-The tables are in ``config_keys.py`` and ``config_readers_v4.py``: per family one says how each key is read; another has
+The tables are in ``config/keys.py`` and ``config/readers_v4.py``: per family one says how each key is read; another has
 the keys that change the maths and are supported at some values only; a third those that change nothing in the exported
 function, with the reason. A key in none of the three is an error. Both spellings are taken: the Hub's (``rope_theta`` +
 ``rope_scaling``, ``torch_dtype``) and that of transformers 5 (``rope_parameters``, ``dtype``).
@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from v4export import config_readers_v4 as v4
 from v4export.config import CompressedAttention, HyperConnections, Indexer, ModelConfig, Yarn
-from v4export.config_keys import IRRELEVANT, LIMITED, LIMITED_V32, RULES, V2, V3, V32, Limits
-from v4export.config_parts import read_fp8, read_yarn, write_fp8, write_yarn
-from v4export.config_values import Key, check_limited, read_fields, real, refuse_unknown, table
+from v4export.config import readers_v4 as v4
+from v4export.config.keys import IRRELEVANT, LIMITED, LIMITED_V32, RULES, V2, V3, V32, Limits
+from v4export.config.parts import read_fp8, read_yarn, write_fp8, write_yarn
+from v4export.config.values import Key, check_limited, read_fields, real, refuse_unknown, table
 from v4export.errors import BadInput, NotSupported
 
 

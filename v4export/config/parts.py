@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from v4export.config import Fp8Blocks, ModelConfig, Yarn
-from v4export.config_values import (
+from v4export.config.values import (
     Key,
     check_limited,
     exponent,

@@ -1,4 +1,4 @@
-"""How the value of a config key is read and refused; the tables of keys are in ``config_keys.py``."""
+"""How the value of a config key is read and refused; the tables of keys are in ``config/keys.py``."""
 
 from __future__ import annotations
 

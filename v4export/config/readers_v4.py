@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from v4export.config import CSA, HCA, WINDOW, ModelConfig
-from v4export.config_keys import COMMON, LIMITED, REASONS, Limits, Rules
-from v4export.config_parts import QUANTIZATION, YARN, YARN_LIMITED, read_fp8, read_yarn, write_fp8, write_yarn
-from v4export.config_values import Key, agreed, always, count, one_of, or_null, real, size, table, wrong_value
+from v4export.config.keys import COMMON, LIMITED, REASONS, Limits, Rules
+from v4export.config.parts import QUANTIZATION, YARN, YARN_LIMITED, read_fp8, read_yarn, write_fp8, write_yarn
+from v4export.config.values import Key, agreed, always, count, one_of, or_null, real, size, table, wrong_value
 from v4export.errors import BadInput, NotSupported
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from v4export.config import ModelConfig
-from v4export.config_values import Key, always, count, one_of, or_null, real, size, token, tokens, truth
+from v4export.config.values import Key, always, count, one_of, or_null, real, size, token, tokens, truth
 from v4export.errors import BadInput, NotSupported, V4Error
 
 # key -> (accepted values given the fields read so far, error class, why)

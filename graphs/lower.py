@@ -1,4 +1,4 @@
-"""The copies of the graph that onnxruntime runs on a CPU, made from the portable one; weights stay references."""
+"""The copies of the graph that onnxruntime runs, made from the portable one; weights stay references."""
 
 from __future__ import annotations
 
@@ -29,9 +29,19 @@ def lower_for_cpu(path: Path) -> ir.Model:
 
 def bodies_for_cpu(path: Path) -> ir.Model:
     """The portable graph as it is, its ops' bodies in their places: slow, and what every other runtime computes."""
+    return _carried_in_float32(with_bodies(path))
+
+
+def with_bodies(path: Path) -> ir.Model:
+    """The portable graph for another provider of onnxruntime: bodies in their places, packed FP4 as bytes.
+
+    onnxruntime looks for the types of initialisers before it inlines, and FP8 ones are read inside bodies only.
+    """
     # ONNX's own inliner keeps names apart where a body calls another one.
     proto = onnx.inliner.inline_local_functions(onnx.load(path, load_external_data=False))
-    return _carried_in_float32(ir.from_proto(proto))
+    model = ir.from_proto(proto)
+    unpack_fp4(model)
+    return model
 
 
 def _narrow(model: ir.Model) -> bool:

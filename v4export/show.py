@@ -86,7 +86,8 @@ def inspection(found: Inspection) -> str:
         "parameters": f"{p.total:,}, of which {p.active:,} active for a token",
         **{f"  {part.replace('_', ' ')}": f"{count:,}" for part, count in p.by_part.items()},
         "experts": f"{c.num_experts}, {c.experts_per_token} for a token, {c.num_shared_experts} shared",
-        "routing": f"{c.scoring}, {c.topk_method}, {c.num_groups} groups",
+        "routing": f"{c.scoring}, {c.topk_method}, {c.num_groups} groups"
+        + (f"; in {len(c.hash_layers)} layers a table by token id" if c.hash_layers else ""),
         "attention": _attention(c),
         **({"residual": f"{c.hyper.streams} streams with hyper-connections"} if c.hyper else {}),
         "state": f"{found.state_bytes_per_token:,} bytes per token in 16 bits"

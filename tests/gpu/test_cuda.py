@@ -15,14 +15,20 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda_devices(), reason="no
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-v3"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8"])
-def test_the_graph_passes_on_cuda(precision: str, tmp_path: Path) -> None:
-    built = api.build(EXAMPLE, tmp_path / "out", precision=precision, engine=None, device="cuda")
+@pytest.fixture(params=["tiny-v3", "tiny-v3.2", "tiny-v4-fp4"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint of each way of attending."""
+    return EXAMPLE if request.param == EXAMPLE.name else api.synth(request.param, tmp_path / "hub")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8", "mxfp4"])
+def test_the_graph_passes_on_cuda(model: Path, precision: str, tmp_path: Path) -> None:
+    built = api.build(model, tmp_path / "out", precision=precision, engine=None, device="cuda")
     assert built.verification is not None and built.verification.passed
 
 
-def test_the_engine_loads_on_this_gpu(tmp_path: Path) -> None:
-    api.build(EXAMPLE, tmp_path / "out", precision="fp16", verify=False)
+def test_the_engine_loads_on_this_gpu(model: Path, tmp_path: Path) -> None:
+    api.build(model, tmp_path / "out", precision="fp16", verify=False)
     # In a process of its own: a runtime that refuses an engine may take its process along.
     program = (
         "import sys; from pathlib import Path; from v4export.engine.backend import load_backend;"

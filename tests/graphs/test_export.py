@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from traced import export_bundle
 
 from v4export import api
 from v4export.checkpoint.audit import audit
@@ -17,6 +19,7 @@ from v4export.checkpoint.formats import quantize_blocks
 from v4export.checkpoint.index import Checkpoint
 from v4export.errors import BadInput
 from v4export.graphs.export import LOWERED_FOR_CPU, PORTABLE
+from v4export.graphs.lower import with_bodies
 from v4export.graphs.weights import numpy_dtype
 from v4export.package.bundle import Bundle
 
@@ -150,3 +153,15 @@ def test_existing_folder_is_refused_before_any_work(tiny_bundle, tiny_checkpoint
     with pytest.raises(BadInput, match="exists"):
         api.export(tiny_checkpoint, folder, precision="fp32")
     assert (folder / "v4export.json").read_bytes() == before
+
+
+def test_no_provider_has_to_know_packed_numbers(tmp_path):
+    """The copy for other providers reads the same bytes, by a table."""
+    source = api.synth("tiny-v4-fp4", tmp_path / "hub")
+    folder = export_bundle(source, tmp_path / "out", "mxfp4").folder
+    packed = load(folder, PORTABLE)
+    kinds = {t.data_type for t in packed.graph.initializer}
+    assert onnx.TensorProto.FLOAT4E2M1 in kinds
+    copy = ir.to_proto(with_bodies(folder / PORTABLE))
+    assert onnx.TensorProto.FLOAT4E2M1 not in {t.data_type for t in copy.graph.initializer}
+    assert not copy.functions and not any(n.domain for n in copy.graph.node)

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_ir as ir
 
 from v4export.config import ModelConfig
 from v4export.errors import BadInput, NotEnough, NotSupported, missing_package
 from v4export.graphs.export import LOWERED_FOR_CPU, PORTABLE
-from v4export.graphs.lower import bodies_for_cpu
+from v4export.graphs.lower import bodies_for_cpu, with_bodies
 from v4export.graphs.stamp import new_state_name, state_name
 from v4export.graphs.weights import numpy_dtype
 from v4export.precision import Precision
@@ -128,13 +127,11 @@ def _graph(folder: Path, device: str, bodies: bool) -> onnx.ModelProto:
     fast = device == "cpu" and not bodies
     graph = folder / (LOWERED_FOR_CPU if fast else PORTABLE)
     try:
-        if device == "cpu" and bodies:
-            return ir.to_proto(bodies_for_cpu(graph))
-        model = onnx.load(graph, load_external_data=False)
+        if fast:
+            return onnx.load(graph, load_external_data=False)
+        return ir.to_proto(bodies_for_cpu(graph) if device == "cpu" else with_bodies(graph))
     except Exception as error:  # protobuf's own errors have no common base
         raise BadInput(f"cannot read {graph}", str(error), "build it again") from error
-    # onnxruntime looks for the types of initialisers before it inlines, and FP8 ones are read inside bodies only.
-    return model if fast else onnx.inliner.inline_local_functions(model)
 
 
 def _session(

@@ -36,19 +36,18 @@ class TokenIndexer(nn.Module):
         self.weights_proj = Linear(config.hidden_size, index.num_heads, storage, plain=True)
 
     def forward(
-        self, x_MD: Tensor, low_MQ: Tensor, position_B: Tensor, cos: Tensor, sin: Tensor, cache_BTI: Tensor
+        self, x_MD: Tensor, low_MQ: Tensor, shared: Mapping[str, Tensor], cache_BTI: Tensor
     ) -> tuple[Tensor, Tensor]:
         """New keys [B, S, I] and the selected tokens int64 [M, K], -1 where fewer can be seen.
 
         Args:
             x_MD: normed hidden states.
             low_MQ: normed low-rank queries.
-            position_B: tokens held by each sequence.
-            cos: [1, M, R/2].
-            sin: as ``cos``.
+            shared: ``position``, and the rotation of tokens (``main``).
             cache_BTI: keys of the tokens held.
         """
-        index = self.index
+        index, position_B = self.index, shared["position"]
+        cos, sin = rotation(shared, "main")
         q_MHI = rotate_first(self.wq_b(low_MQ).reshape(-1, index.num_heads, index.head_dim), cos, sin)
         k_MI = rotate_first(self.k_norm(self.wk(x_MD)).unsqueeze(1), cos, sin).squeeze(1)
         new_BSI = k_MI.reshape(position_B.shape[0], -1, index.head_dim)

@@ -16,7 +16,7 @@ from v4export.config import ModelConfig
 from v4export.model.indexer import TokenIndexer
 from v4export.model.linear import Linear, Storage
 from v4export.model.norm import RMSNorm
-from v4export.model.rope import rotate
+from v4export.model.rope import rotate, rotation
 from v4export.plugins.latent_attention.op import latent_attention
 from v4export.plugins.sparse_latent_attention.op import sparse_latent_attention
 
@@ -76,7 +76,7 @@ class LatentAttention(nn.Module):
             selected_MK: overrules the indexer.
         """
         c = self.config
-        position_B, cos, sin = shared["position"], shared["cos.main"], shared["sin.main"]
+        position_B, (cos, sin) = shared["position"], rotation(shared, "main")
         low = x_MD if c.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x_MD))
         query = self.q_proj(x_MD) if c.q_lora_rank is None else self.q_b_proj(low)
         q_nope, q_rope = query.reshape(-1, c.num_heads, c.qk_head_dim).split(
@@ -90,7 +90,7 @@ class LatentAttention(nn.Module):
         new_BSW = row_MW.reshape(position_B.shape[0], -1, c.latent_dim)
         rows = {"latent": new_BSW}
         if self.indexer:
-            rows["index_key"], own_MK = self.indexer(x_MD, low, position_B, cos, sin, state["index_key"])
+            rows["index_key"], own_MK = self.indexer(x_MD, low, shared, state["index_key"])
             selected_MK = own_MK if selected_MK is None else selected_MK
         attend = self._absorbed if self.absorbed else self._naive
         out_MHV = attend(q_nope, q_rope, new_BSW, state["latent"], position_B, selected_MK)

@@ -24,6 +24,7 @@ def lower_for_cpu(path: Path) -> ir.Model:
     if _narrow(model):
         # FP8 matrices are hundreds of nodes, whose bodies onnxruntime can inline as well.
         common.InlinePass(lambda function: function.name != BLOCK_DEQUANTIZE)(model)
+    unpack_fp4(model)
     return _carried_in_float32(model)
 
 
@@ -50,7 +51,6 @@ def _narrow(model: ir.Model) -> bool:
 
 def _carried_in_float32(model: ir.Model) -> ir.Model:
     """Where the graph computes in 16 bits: arithmetic in float32, rounded as the graph rounds. Bodies are inlined."""
-    unpack_fp4(model)
     if _narrow(model):
         common.ShapeInferencePass()(model)
         widen(model)

@@ -181,7 +181,7 @@ def build(
         config = checkpoint.config
         length = _longest(config, max_seq_len)
         if engine:
-            prefill_chunk(config, engine, length, 4 if found.activations == "float32" else 2)
+            prefill_chunk(config, engine, length, precision)
         graphs = export_graphs(config, account, found, folder, stages, copy_weights=copy_weights)
         copy_tokenizer(checkpoint.directory, folder)
         facts: dict[str, Any] = {

@@ -34,7 +34,7 @@ def test_gathered_experts_fit_a_gibibyte(name: str, batch: int, chunk: int) -> N
 
 
 def test_float32_takes_twice_as_much() -> None:
-    assert prefill_chunk(presets.load("deepseek-v2-lite"), EngineOptions(), LENGTH, itemsize=4) == 5
+    assert prefill_chunk(presets.load("deepseek-v2-lite"), EngineOptions(), LENGTH, precision="fp32") == 5
 
 
 def test_what_was_asked_for_wins() -> None:

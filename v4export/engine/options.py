@@ -15,6 +15,7 @@ from v4export.engine.scratch import scratch
 from v4export.engine.targets import buildable, fallback, resolve_targets
 from v4export.errors import NotSupported
 from v4export.plugins.limits import MAX_ELEMENTS
+from v4export.precision import precision as find_precision
 
 ENGINE = "model.engine"
 
@@ -70,13 +71,13 @@ def precision_for(options: EngineOptions, precision: str) -> tuple[str, str | No
     return fallback(names, precision)
 
 
-def prefill_chunk(config: ModelConfig, options: EngineOptions, max_seq_len: int, itemsize: int = 2) -> int:
+def prefill_chunk(config: ModelConfig, options: EngineOptions, max_seq_len: int, precision: str = "bf16") -> int:
     """New tokens of a prefill step: what was asked, or what the scratch memory and TensorRT's tensors allow.
 
     Raises:
         NotSupported: a tensor would have more elements than TensorRT takes, in the chunk asked for or in any.
     """
-    places = scratch(config, max_seq_len, itemsize)
+    places = scratch(config, max_seq_len, 4 if find_precision(precision).activations == "float32" else 2)
     tightest = min(places, key=lambda place: place.most_tokens)
     most = tightest.most_tokens // options.max_batch
     if most < (options.max_chunk or 1):
@@ -110,7 +111,6 @@ def engine_of(
         raise NotSupported(
             f"TensorRT would refuse the graph: {first.rule}", f"{first.where}: {first.message}", first.fix
         )
-    itemsize = 4 if precision == "fp32" else 2
     report = build_engine(
         graph,
         graph.with_name(ENGINE),
@@ -119,7 +119,7 @@ def engine_of(
         backend=options.backend,
         max_batch=options.max_batch,
         max_seq_len=max_seq_len,
-        max_chunk=min(prefill_chunk(config, options, max_seq_len, itemsize), max_seq_len),
+        max_chunk=min(prefill_chunk(config, options, max_seq_len, precision), max_seq_len),
         workspace_gib=options.workspace_gib,
         shapes=options.shapes,
         on_line=on_line,

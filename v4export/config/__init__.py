@@ -88,6 +88,35 @@ class HyperConnections:
 
 
 @dataclass(frozen=True)
+class Engram:
+    """Engram: rows of tables, found by hashes of the last few tokens, mixed into some layers (arXiv 2601.07372).
+
+    Two forms: DeepSeek-V4.1's, and the paper's, which adds a causal convolution.
+    """
+
+    layers: tuple[int, ...]
+    max_order: int  # n-grams of 2 .. max_order tokens are looked up
+    heads: int  # hashes of an n-gram
+    width: int  # of a row
+    buckets: int  # every hash has the next unused prime number of them, from here on
+    compressed_vocab: int  # different tokens, once those that differ in case, accents or white space are one
+    pad_token_id: int  # stands for what is before the first token
+    seed: int = 0  # of the hashes
+    kernel: int = 0  # taps of the convolution; 0 is none
+    dilation: int = 1  # tokens between its taps
+
+    @property
+    def hashes(self) -> int:
+        """Rows that a layer looks up for a token."""
+        return (self.max_order - 1) * self.heads
+
+    @property
+    def row_dim(self) -> int:
+        """Width of all of them."""
+        return self.hashes * self.width
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A mixture-of-experts decoder: latent attention, or a window with compressed entries where ``compressed`` is set.
 
@@ -132,6 +161,7 @@ class ModelConfig:
     indexer: Indexer | None = None
     compressed: CompressedAttention | None = None
     hyper: HyperConnections | None = None
+    engram: Engram | None = None
     hash_layers: tuple[int, ...] = ()  # routed layers that choose experts by token id
     swiglu_limit: float | None = None  # gates are cut off above it, and up-projections beyond it on both sides
     left_out_layers: int = 0  # layers of the checkpoint after ``num_layers`` that the user does not want

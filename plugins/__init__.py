@@ -14,17 +14,27 @@ import torch
 
 from v4export.plugins.block_dequantize import onnx as block_dequantize_onnx
 from v4export.plugins.block_dequantize.op import block_dequantize
+from v4export.plugins.candidate_select import onnx as candidate_select_onnx
+from v4export.plugins.candidate_select.op import candidate_select
 from v4export.plugins.compress_tokens import onnx as compress_tokens_onnx
 from v4export.plugins.compress_tokens.op import compress_tokens
 from v4export.plugins.compressed_attention import onnx as compressed_attention_onnx
 from v4export.plugins.compressed_attention.op import compressed_attention
+from v4export.plugins.engram_conv import onnx as engram_conv_onnx
+from v4export.plugins.engram_conv.op import engram_conv
+from v4export.plugins.engram_gating import onnx as engram_gating_onnx
+from v4export.plugins.engram_gating.op import engram_gating
 from v4export.plugins.function_body import DOMAIN
 from v4export.plugins.hash_route import onnx as hash_route_onnx
 from v4export.plugins.hash_route.op import hash_route
+from v4export.plugins.hyper_coefficients import onnx as hyper_coefficients_onnx
+from v4export.plugins.hyper_coefficients.op import hyper_coefficients
 from v4export.plugins.hyper_connection import onnx as hyper_connection_onnx
 from v4export.plugins.hyper_connection.op import hyper_connection
 from v4export.plugins.hyper_mix import onnx as hyper_mix_onnx
 from v4export.plugins.hyper_mix.op import hyper_mix
+from v4export.plugins.index_reselect import onnx as index_reselect_onnx
+from v4export.plugins.index_reselect.op import index_reselect
 from v4export.plugins.index_select import onnx as index_select_onnx
 from v4export.plugins.index_select.op import index_select
 from v4export.plugins.latent_attention import onnx as latent_attention_onnx
@@ -71,10 +81,15 @@ OPS = tuple(
         (hash_route, DOMAIN, hash_route_onnx),
         (moe_experts, DOMAIN, moe_experts_onnx),
         (hyper_connection, DOMAIN, hyper_connection_onnx),
+        (hyper_coefficients, DOMAIN, hyper_coefficients_onnx),
         (hyper_mix, DOMAIN, hyper_mix_onnx),
+        (engram_gating, DOMAIN, engram_gating_onnx),
+        (engram_conv, DOMAIN, engram_conv_onnx),
         (latent_attention, DOMAIN, latent_attention_onnx),
         (sparse_latent_attention, DOMAIN, sparse_latent_attention_onnx),
         (index_select, DOMAIN, index_select_onnx),
+        (candidate_select, DOMAIN, candidate_select_onnx),
+        (index_reselect, DOMAIN, index_reselect_onnx),
         (window_attention, DOMAIN, window_attention_onnx),
         (compressed_attention, DOMAIN, compressed_attention_onnx),
         (sparse_attention, DOMAIN, sparse_attention_onnx),

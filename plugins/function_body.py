@@ -78,9 +78,17 @@ class Body:
         """A constant; int64 unless said otherwise."""
         return self.op("Constant", value=ir.tensor(np.asarray(value, dtype)))
 
+    def attribute(self, name: str) -> ir.Value:
+        """An integer attribute of the calling node, as int64: nodes that differ in it share the body."""
+        return self.op("Constant", value_int=ir.RefAttr("value_int", name, ir.AttributeType.INT))
+
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """A cast to ``dtype``."""
         return self.op("Cast", value, to=int(dtype))
+
+    def convert(self, value: ir.Value, of: ir.DataType | None, to: ir.DataType) -> ir.Value:
+        """The same as ``to``: a cast unless it is ``of`` that type already."""
+        return value if of == to else self.cast(value, to)
 
     def dim(self, value: ir.Value, axis: int) -> ir.Value:
         """One dimension of a tensor, as int64 [1]."""

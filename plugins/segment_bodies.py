@@ -42,7 +42,7 @@ class Operands:
 
     def widen(self, b: Body, value: ir.Value) -> ir.Value:
         """The same in float32."""
-        return value if self.dtype == ir.DataType.FLOAT else b.cast(value, ir.DataType.FLOAT)
+        return b.convert(value, self.dtype, ir.DataType.FLOAT)
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,11 @@ class Step:
         self.position = b.reshape(position, -1, 1, 1)
         self.step = b.reshape(b.arange(steps), 1, -1, 1)
 
-    def window(self, new: ir.Value, ring: ir.Value) -> list[Segment]:
-        """The R newest tokens of each query: from a ring [B, R, W], token t at ``t % R``, and from the new rows."""
+    def window(self, new: ir.Value, ring: ir.Value, since: ir.Value | None = None) -> list[Segment]:
+        """The R newest tokens of each query: from a ring [B, R, W], token t at ``t % R``, and from the new rows.
+
+        Of tokens before ``since`` [B] there are no rows.
+        """
         b, one = self.b, self.b.const(1)
         size = b.dim(ring, 1)
         # How many tokens before the newest one held a slot's token stands; the sum is not negative, so that nothing
@@ -85,23 +88,25 @@ class Step:
         newest = b.op("Sub", b.op("Add", self.position, size), one)
         back = b.op("Mod", b.op("Sub", newest, b.arange(size)), size)
         reach = b.op("Sub", b.op("Sub", size, one), self.step)
-        held = b.op("Less", back, b.op("Min", self.position, reach))
+        there = self.position if since is None else b.op("Sub", self.position, b.reshape(since, -1, 1, 1))
+        held = b.op("Less", back, b.op("Min", there, reach))
         age = b.op("Sub", self.step, b.arange(self.steps))
         fresh = b.op("And", b.op("GreaterOrEqual", age, b.const(0)), b.op("Less", age, size))
         return [self._segment(ring, held), self._segment(new, fresh)]
 
-    def entries(self, new: ir.Value, held: ir.Value, ratio: int) -> list[Segment]:
+    def entries(self, new: ir.Value, held: ir.Value, ratio: ir.Value) -> list[Segment]:
         """All entries that are complete by a query's own token: held [B, C, W] and new [B, U, W]."""
         b = self.b
-        count, every = self.held(ratio), b.const(ratio)
-        tokens = b.op("Add", b.op("Add", self.position, self.step), b.const(1))
+        count = self.held(ratio)
         number = b.op("Add", count, b.arange(b.dim(new, 1)))
         return [
             self._segment(held, b.op("Less", b.arange(b.dim(held, 1)), count)),
-            self._segment(new, b.op("Less", number, b.op("Div", tokens, every))),
+            self._segment(new, b.op("Less", number, self.complete(ratio))),
         ]
 
-    def selected(self, numbers: ir.Value, new: ir.Value, cache: ir.Value, ratio: int) -> list[Segment]:
+    def selected(
+        self, numbers: ir.Value, new: ir.Value, cache: ir.Value, ratio: ir.Value | None = None
+    ) -> list[Segment]:
         """The rows of these numbers [M, K]: held ones [B, C, W], which are gathered, and new ones [B, U, W].
 
         New rows are few and scored for every query; one that did not select them does not see them.
@@ -110,25 +115,35 @@ class Step:
         held, size, fresh = self.held(ratio), b.dim(cache, 1), b.dim(new, 1)
         number = b.op("Reshape", numbers, b.op("Concat", self.batch, self.steps, b.const([-1]), axis=0))
         is_new = b.op("GreaterOrEqual", number, held)
-        # Whatever is not new is marked in a last column that is cut off again.
-        column = b.op("Where", is_new, b.op("Sub", number, held), fresh)
-        shape = b.op("Concat", self.batch, self.steps, b.op("Add", fresh, b.const([1])), axis=0)
-        nothing = b.op("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32)))
-        marks = b.op("ScatterElements", nothing, column, b.cast(is_new, ir.DataType.FLOAT), axis=-1)
-        marked = b.op("Slice", marks, b.const([0]), fresh, b.const([-1]))
+        marked = self.mark(b.op("Sub", number, held), is_new, fresh)
         last = b.op("Sub", size, b.const(1))
         row = b.op("Min", b.op("Max", number, zero), last)
         first = b.op("Mul", b.reshape(b.arange(self.batch), -1, 1, 1), size)
         rows = b.op("Gather", b.reshape(cache, -1, width), b.op("Add", row, first), axis=0)
         is_held = b.op("And", b.op("GreaterOrEqual", number, zero), b.op("Less", number, held))
         return [
-            self._segment(new, b.cast(marked, ir.DataType.BOOL)),
+            self._segment(new, marked),
             Segment(self.operands.widen(b, rows), is_held, own=True),
         ]
 
-    def held(self, ratio: int) -> ir.Value:
-        """Rows held, one for ``ratio`` tokens: [B, 1, 1]."""
-        return self.position if ratio == 1 else self.b.op("Div", self.position, self.b.const(ratio))
+    def held(self, ratio: ir.Value | None = None) -> ir.Value:
+        """Rows held, one for ``ratio`` tokens or for each: [B, 1, 1]."""
+        return self.position if ratio is None else self.b.op("Div", self.position, ratio)
+
+    def complete(self, ratio: ir.Value) -> ir.Value:
+        """How many of these rows there are once a query's own token is counted: [B, S, 1]."""
+        b = self.b
+        return b.op("Div", b.op("Add", b.op("Add", self.position, self.step), b.const(1)), ratio)
+
+    def mark(self, places: ir.Value, wanted: ir.Value, size: ir.Value) -> ir.Value:
+        """Which of ``size`` places are among those ``wanted`` of each query's ``places`` [B, S, K]: [B, S, size]."""
+        b = self.b
+        # Whatever is not wanted is marked in a last column that is cut off again.
+        column = b.op("Where", wanted, places, size)
+        shape = b.op("Concat", self.batch, self.steps, b.op("Add", size, b.const([1])), axis=0)
+        nothing = b.op("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32)))
+        marks = b.op("ScatterElements", nothing, column, b.cast(wanted, ir.DataType.FLOAT), axis=-1)
+        return b.cast(b.op("Slice", marks, b.const([0]), size, b.const([-1])), ir.DataType.BOOL)
 
     def _segment(self, rows: ir.Value, visible: ir.Value) -> Segment:
         return Segment(self.operands.widen(self.b, rows), visible)
@@ -171,8 +186,7 @@ class Step:
         z = self._mix(p, segments)
         if value_width is not None:
             z = b.op("Slice", z, b.const([0]), b.const([value_width]), b.const([-1]))
-        if self.operands.dtype != ir.DataType.FLOAT:
-            z = b.cast(z, self.operands.dtype)
+        z = b.convert(z, ir.DataType.FLOAT, self.operands.dtype)
         z.name = "z"
         return z
 

@@ -36,16 +36,18 @@ def attend(
     return (p @ each[..., :value_width]).flatten(0, 1).to(q_BSHW.dtype)
 
 
-def window_visible(position_B: torch.Tensor, S: int, R: int) -> torch.Tensor:
+def window_visible(position_B: torch.Tensor, S: int, R: int, since_B: torch.Tensor | None = None) -> torch.Tensor:
     """Which rows of a ring of R, and which of S new rows, each query sees: bool [B, S, R + S].
 
-    A query sees the R newest tokens, itself included; token t is in the ring at ``t % R``.
+    A query sees the R newest tokens, itself included; token t is in the ring at ``t % R``. Of tokens before ``since``
+    there are no rows.
     """
     at_BS = position_B[:, None] + torch.arange(S)
     slot = torch.arange(R)
     newest = position_B[:, None] - 1
     token_BR = newest - (newest - slot) % R
-    ring = (token_BR >= 0)[:, None] & (token_BR[:, None] > at_BS[..., None] - R)
+    first_B = torch.zeros_like(position_B) if since_B is None else since_B
+    ring = (token_BR >= first_B[:, None])[:, None] & (token_BR[:, None] > at_BS[..., None] - R)
     age = torch.arange(S)[:, None] - torch.arange(S)
     new = ((age >= 0) & (age < R)).expand(len(position_B), S, S)
     return torch.cat([ring, new], -1)

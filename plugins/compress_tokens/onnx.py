@@ -25,9 +25,7 @@ def function(node: ir.Node) -> ir.Function:
     formals = [ir.val(name) for name in ("rows", "ring", "bias", "position")]
 
     def write(b: Body) -> list[ir.Value]:
-        ratio, halves = (
-            b.op("Constant", value_int=ir.RefAttr("value_int", name, ir.AttributeType.INT)) for name in ATTRIBUTES
-        )
+        ratio, halves = map(b.attribute, ATTRIBUTES)
         return [_pool(b, formals, ratio, halves)]
 
     return make_function(OP_TYPE, formals, write, [*ATTRIBUTES, *PLUGIN_HINTS])

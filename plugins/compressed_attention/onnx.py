@@ -23,12 +23,12 @@ def function(node: ir.Node) -> ir.Function:
     """The body: (q [M,H,W], new [B,S,W], ring [B,R,W], new entries [B,U,W], entries [B,C,W], position [B], sinks [H])
     -> z [M,H,W]."""
     operands, scale = Operands.of(node), node.attributes["scale"].as_float()
-    ratio = node.attributes["ratio"].as_int()
     names = ("q", "new", "ring", "new_entry", "entry", "position", "sinks")
     q, new, ring, new_entry, entry, position, sinks = formals = [ir.val(name) for name in names]
 
     def write(b: Body) -> list[ir.Value]:
         step = Step(b, operands, b.dim(new, 0), b.dim(new, 1), position)
-        return [step.attend(q, [*step.window(new, ring), *step.entries(new_entry, entry, ratio)], scale, sinks)]
+        segments = [*step.window(new, ring), *step.entries(new_entry, entry, b.attribute("ratio"))]
+        return [step.attend(q, segments, scale, sinks)]
 
     return make_function(OP_TYPE, formals, write, [*ATTRIBUTES, *PLUGIN_HINTS])

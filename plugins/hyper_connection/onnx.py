@@ -14,6 +14,7 @@ from v4export.plugins.function_body import DOMAIN, PLUGIN_HINTS, Body, first_dty
 
 OP_TYPE = "HyperConnection"
 ATTRIBUTES = {"num_streams": "INT", "iterations": "INT", "eps": "FLOAT", "norm_eps": "FLOAT"}
+OPERANDS = ("streams", "fn", "base", "scale")
 OUTPUTS = (first_dtype, lambda _: ir.DataType.FLOAT, lambda _: ir.DataType.FLOAT)
 
 
@@ -27,27 +28,34 @@ def translate(streams, fn, base, scale, iterations, eps, norm_eps):  # type: ign
 
 def function(node: ir.Node) -> ir.Function:
     """The body: (streams [M,X,D], fn [(2+X)*X,X*D], base [(2+X)*X], scale [3]) -> z [M,D], post [M,X], comb [M,X,X]."""
-    a = {name: node.attributes[name].value for name in ATTRIBUTES}
-    X, dtype = a["num_streams"], first_dtype(node)
-    streams, fn, base, scale = (ir.val(name) for name in ("streams", "fn", "base", "scale"))
+    dtype = first_dtype(node)
+    streams, *weights = formals = [ir.val(name) for name in OPERANDS]
 
     def write(b: Body) -> list[ir.Value]:
-        wide = streams if dtype == ir.DataType.FLOAT else b.cast(streams, ir.DataType.FLOAT)
-        scales = b.op("Gather", scale, b.const([0] * X + [1] * X + [2] * X * X), axis=0)
-        mixes = b.op("Add", b.op("Mul", _of_the_normed(b, wide, fn, a["norm_eps"]), scales), base)
-        pre, post, comb = b.ops("Split", mixes, b.const([X, X, X * X]), outputs=3, axis=-1)
-        eps = b.const(a["eps"], np.float32)
-        pre = b.op("Add", b.op("Sigmoid", pre), eps)
-        post = b.op("Mul", b.op("Sigmoid", post), b.const(2, np.float32))
-        rows = b.op("Add", b.op("Softmax", b.reshape(comb, -1, X), axis=-1), eps)
-        comb = b.reshape(_sinkhorn(b, b.reshape(rows, -1, X * X), X, a["iterations"], a["eps"]), -1, X, X)
-        one = b.const([1])
+        wide, one = b.convert(streams, dtype, ir.DataType.FLOAT), b.const([1])
+        pre, post, comb = coefficients(b, node, wide, *weights)
         z = b.op("Squeeze", b.op("MatMul", b.op("Unsqueeze", pre, one), wide), one)
-        z = z if dtype == ir.DataType.FLOAT else b.cast(z, dtype)
+        z = b.convert(z, ir.DataType.FLOAT, dtype)
         z.name, post.name, comb.name = "z", "post", "comb"
         return [z, post, comb]
 
-    return make_function(OP_TYPE, [streams, fn, base, scale], write, [*ATTRIBUTES, *PLUGIN_HINTS])
+    return make_function(OP_TYPE, formals, write, [*ATTRIBUTES, *PLUGIN_HINTS])
+
+
+def coefficients(
+    b: Body, node: ir.Node, wide: ir.Value, fn: ir.Value, base: ir.Value, scale: ir.Value
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """pre [M,X], post [M,X] and comb [M,X,X] of the streams in float32, by the node's attributes."""
+    X, iterations, eps, norm_eps = (node.attributes[name].value for name in ATTRIBUTES)
+    scales = b.op("Gather", scale, b.const([0] * X + [1] * X + [2] * X * X), axis=0)
+    mixes = b.op("Add", b.op("Mul", _of_the_normed(b, wide, fn, norm_eps), scales), base)
+    pre, post, comb = b.ops("Split", mixes, b.const([X, X, X * X]), outputs=3, axis=-1)
+    shift = b.const(eps, np.float32)
+    pre = b.op("Add", b.op("Sigmoid", pre), shift)
+    post = b.op("Mul", b.op("Sigmoid", post), b.const(2, np.float32))
+    rows = b.op("Add", b.op("Softmax", b.reshape(comb, -1, X), axis=-1), shift)
+    comb = b.reshape(_sinkhorn(b, b.reshape(rows, -1, X * X), X, iterations, eps), -1, X, X)
+    return pre, post, comb
 
 
 def _of_the_normed(b: Body, wide: ir.Value, fn: ir.Value, eps: float) -> ir.Value:

@@ -33,9 +33,23 @@ def hyper_connection(
     Returns:
         z_MD: sum_j pre_j stream_j, in the streams' dtype; post_MX and comb_MXX, float32.
     """
+    pre_MX, post_MX, comb_MXX = coefficients(streams_MXD, fn, base, scale, iterations, eps, norm_eps)
+    z_MD = (pre_MX[..., None] * streams_MXD.float()).sum(1).to(streams_MXD.dtype)
+    return z_MD, post_MX, comb_MXX
+
+
+def coefficients(
+    streams_MXD: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The shares of the collapse and of the output [M, X], and the matrix [M, X, X], all float32."""
     M, X, _ = streams_MXD.shape
-    wide = streams_MXD.float()
-    flat = wide.flatten(1)
+    flat = streams_MXD.float().flatten(1)
     mixes = (flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)) @ fn.T
     pre, post, comb = mixes.split([X, X, X * X], -1)
     pre_b, post_b, comb_b = base.split([X, X, X * X])
@@ -46,8 +60,7 @@ def hyper_connection(
     for _ in range(iterations - 1):
         comb_MXX = comb_MXX / (comb_MXX.sum(-1, keepdim=True) + eps)
         comb_MXX = comb_MXX / (comb_MXX.sum(-2, keepdim=True) + eps)
-    z_MD = (pre_MX[..., None] * wide).sum(1).to(streams_MXD.dtype)
-    return z_MD, post_MX, comb_MXX
+    return pre_MX, post_MX, comb_MXX
 
 
 @hyper_connection.register_fake

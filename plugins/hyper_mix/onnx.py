@@ -28,10 +28,10 @@ def function(node: ir.Node) -> ir.Function:
     def write(b: Body) -> list[ir.Value]:
         one = b.const([1])
         sources = b.op("Concat", streams, b.op("Unsqueeze", y, one), axis=1)
-        sources = sources if dtype == ir.DataType.FLOAT else b.cast(sources, ir.DataType.FLOAT)
+        sources = b.convert(sources, dtype, ir.DataType.FLOAT)
         shares = b.op("Concat", comb, b.op("Unsqueeze", post, one), axis=1)
         mixed = b.op("MatMul", b.op("Transpose", shares, perm=[0, 2, 1]), sources)
-        mixed = mixed if dtype == ir.DataType.FLOAT else b.cast(mixed, dtype)
+        mixed = b.convert(mixed, ir.DataType.FLOAT, dtype)
         mixed.name = "mixed"
         return [mixed]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-_LOWEST = torch.finfo(torch.float32).min
+#: The score of what a query cannot see.
+LOWEST = torch.finfo(torch.float32).min
 
 
 @torch.library.custom_op("v4::index_select", mutates_args=())
@@ -37,10 +38,14 @@ def index_select(
         int64 [M, min(top_k, C + U)]: numbers by falling score, -1 where a query can see fewer.
     """
     score_MN, number_MN = index_scores(q_MHI, weights_MH, new_BUI, cache_BCI, position_B, ratio, scale)
+    return best_numbers(score_MN, number_MN, top_k)
+
+
+def best_numbers(score_MN: torch.Tensor, number_MN: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many numbers [M, K] by falling score, of equal ones the first in order; -1 for the lowest float."""
     best = torch.sort(score_MN, stable=True, dim=-1, descending=True)
-    K = min(top_k, score_MN.shape[-1])
-    picked = number_MN.gather(-1, best.indices[:, :K])
-    return picked.masked_fill(best.values[:, :K] == _LOWEST, -1)
+    picked = number_MN.gather(-1, best.indices[:, :most])
+    return picked.masked_fill(best.values[:, :most] == LOWEST, -1)
 
 
 def index_scores(
@@ -65,7 +70,7 @@ def index_scores(
     score_BSHN = torch.einsum("bshi,bni->bshn", q_BSHI, keys_BNI).relu()
     score_BSN = torch.einsum("bshn,bsh->bsn", score_BSHN, weights_MH.view(B, S, -1)) * scale
     numbers = number_BN[:, None].expand(B, S, -1)
-    return score_BSN.masked_fill(~seen_BSN, _LOWEST).flatten(0, 1), numbers.flatten(0, 1)
+    return score_BSN.masked_fill(~seen_BSN, LOWEST).flatten(0, 1), numbers.flatten(0, 1)
 
 
 @index_select.register_fake

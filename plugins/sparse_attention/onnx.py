@@ -12,24 +12,23 @@ ATTRIBUTES = {"ratio": "INT", "scale": "FLOAT"}
 OUTPUTS = (first_dtype,)
 
 
-def translate(q, new, ring, new_entry, entry, selected, position, sinks, ratio, scale):  # type: ignore[no-untyped-def]
+def translate(q, new, ring, new_entry, entry, selected, position, sinks, ratio, scale, since_B=None):  # type: ignore[no-untyped-def]
     """The node for a call of the torch op."""
-    return opset(DOMAIN).SparseAttention(
-        q, new, ring, new_entry, entry, selected, position, sinks, ratio=ratio, scale=scale, **PLUGIN_HINTS
-    )
+    operands = [q, new, ring, new_entry, entry, selected, position, sinks, *([] if since_B is None else [since_B])]
+    return opset(DOMAIN).SparseAttention(*operands, ratio=ratio, scale=scale, **PLUGIN_HINTS)
 
 
 def function(node: ir.Node) -> ir.Function:
     """The body: (q [M,H,W], new [B,S,W], ring [B,R,W], new entries [B,U,W], entries [B,C,W], selected [M,K],
-    position [B], sinks [H]) -> z [M,H,W]."""
+    position [B], sinks [H], and since [B] if the node has it) -> z [M,H,W]."""
     operands, scale = Operands.of(node), node.attributes["scale"].as_float()
-    ratio = node.attributes["ratio"].as_int()
-    names = ("q", "new", "ring", "new_entry", "entry", "selected", "position", "sinks")
-    q, new, ring, new_entry, entry, selected, position, sinks = formals = [ir.val(name) for name in names]
+    names = ("q", "new", "ring", "new_entry", "entry", "selected", "position", "sinks", "since")
+    formals = [ir.val(name) for name in names[: len(node.inputs)]]
+    q, new, ring, new_entry, entry, selected, position, sinks, *since = formals
 
     def write(b: Body) -> list[ir.Value]:
         step = Step(b, operands, b.dim(new, 0), b.dim(new, 1), position)
-        segments = [*step.window(new, ring), *step.selected(selected, new_entry, entry, ratio)]
+        segments = [*step.window(new, ring, *since), *step.selected(selected, new_entry, entry, b.attribute("ratio"))]
         return [step.attend(q, segments, scale, sinks)]
 
     return make_function(OP_TYPE, formals, write, [*ATTRIBUTES, *PLUGIN_HINTS])

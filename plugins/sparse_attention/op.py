@@ -19,6 +19,7 @@ def sparse_attention(
     sinks_H: torch.Tensor,
     ratio: int,
     scale: float,
+    since_B: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``window_attention`` whose softmax also runs over selected entries (DeepSeek-V4, arXiv 2606.19348, 2.3.1).
 
@@ -33,6 +34,7 @@ def sparse_attention(
         sinks_H: float32.
         ratio: tokens that an entry stands for.
         scale: factor on the scores.
+        since_B: first token of each sequence that there is a row of, at most ``position``; int64, 0 unless given.
 
     Returns:
         z_MHW: [B*S, H, W] in q's dtype.
@@ -41,7 +43,7 @@ def sparse_attention(
     R = ring_BRW.shape[1]
     entries, chosen = selected_rows(selected_MK, new_entry_BUW, entry_BCW, position_B // ratio)
     keys = torch.cat([ring_BRW, new_BSW], 1)[:, None].expand(B, S, R + S, W)
-    visible = torch.cat([window_visible(position_B, S, R), chosen], -1)
+    visible = torch.cat([window_visible(position_B, S, R, since_B), chosen], -1)
     return attend(q_MHW.view(B, S, -1, W), torch.cat([keys, entries], 2), visible, scale, sinks_H)
 
 
@@ -58,5 +60,5 @@ def selected_rows(
 
 
 @sparse_attention.register_fake
-def _(q_MHW, new_BSW, ring_BRW, new_entry_BUW, entry_BCW, selected_MK, position_B, sinks_H, ratio, scale):  # type: ignore[no-untyped-def]
+def _(q_MHW, new_BSW, ring_BRW, new_entry_BUW, entry_BCW, selected_MK, position_B, sinks_H, ratio, scale, since_B=None):  # type: ignore[no-untyped-def]
     return torch.empty_like(q_MHW)

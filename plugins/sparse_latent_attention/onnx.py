@@ -27,6 +27,6 @@ def function(node: ir.Node) -> ir.Function:
 
     def write(b: Body) -> list[ir.Value]:
         step = Step(b, operands, b.dim(new, 0), b.dim(new, 1), position)
-        return [step.attend(q, step.selected(selected, new, cache, 1), scale, value_width=latent)]
+        return [step.attend(q, step.selected(selected, new, cache), scale, value_width=latent)]
 
     return make_function(OP_TYPE, formals, write, [*ATTRIBUTES, *PLUGIN_HINTS])

@@ -12,18 +12,21 @@ ATTRIBUTES = {"scale": "FLOAT"}
 OUTPUTS = (first_dtype,)
 
 
-def translate(q, new, ring, position, sinks, scale):  # type: ignore[no-untyped-def]
+def translate(q, new, ring, position, sinks, scale, since_B=None):  # type: ignore[no-untyped-def]
     """The node for a call of the torch op."""
-    return opset(DOMAIN).WindowAttention(q, new, ring, position, sinks, scale=scale, **PLUGIN_HINTS)
+    operands = [q, new, ring, position, sinks, *([] if since_B is None else [since_B])]
+    return opset(DOMAIN).WindowAttention(*operands, scale=scale, **PLUGIN_HINTS)
 
 
 def function(node: ir.Node) -> ir.Function:
-    """The body: (q [M,H,W], new [B,S,W], ring [B,R,W], position [B], sinks [H]) -> z [M,H,W]."""
+    """The body: (q [M,H,W], new [B,S,W], ring [B,R,W], position [B], sinks [H], and since [B] if the node has it) ->
+    z [M,H,W]."""
     operands, scale = Operands.of(node), node.attributes["scale"].as_float()
-    q, new, ring, position, sinks = (ir.val(n) for n in ("q", "new", "ring", "position", "sinks"))
+    names = ("q", "new", "ring", "position", "sinks", "since")
+    q, new, ring, position, sinks, *since = formals = [ir.val(name) for name in names[: len(node.inputs)]]
 
     def write(b: Body) -> list[ir.Value]:
         step = Step(b, operands, b.dim(new, 0), b.dim(new, 1), position)
-        return [step.attend(q, step.window(new, ring), scale, sinks)]
+        return [step.attend(q, step.window(new, ring, *since), scale, sinks)]
 
-    return make_function(OP_TYPE, [q, new, ring, position, sinks], write, [*ATTRIBUTES, *PLUGIN_HINTS])
+    return make_function(OP_TYPE, formals, write, [*ATTRIBUTES, *PLUGIN_HINTS])

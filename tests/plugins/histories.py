@@ -55,11 +55,11 @@ class Past:
             held[b, :count] = rows[b][:count]
         return held
 
-    def ring(self, rows: Sequence[np.ndarray], R: int) -> np.ndarray:
-        """[B, R, W]: the rows of the last R tokens held, token t at ``t % R``."""
+    def ring(self, rows: Sequence[np.ndarray], R: int, since: Sequence[int] = ()) -> np.ndarray:
+        """[B, R, W]: the rows of the last R tokens held, token t at ``t % R``; none of those before ``since``."""
         ring = 50 * self.normal(self.B, R, rows[0].shape[1])
         for b, position in enumerate(self.position.tolist()):
-            for t in range(max(0, position - R), position):
+            for t in range(max(since[b] if len(since) else 0, position - R), position):
                 ring[b, t % R] = rows[b][t]
         return ring
 
@@ -93,29 +93,42 @@ def attend_by_hand(
     return z
 
 
-def body(op_type: str, arrays: Sequence[np.ndarray], **attributes: Any) -> np.ndarray:
-    """The portable body's result; 16-bit operands are carried in float32 and rounded where the graph rounds."""
-    model = one_node(op_type, arrays, **attributes)
-    for output in model.graph.outputs:
+def bodies(op_type: str, arrays: Sequence[np.ndarray], outputs: int, **attributes: Any) -> list[np.ndarray]:
+    """The portable body's results; 16-bit operands are carried in float32 and rounded where the graph rounds."""
+    model = one_node(op_type, arrays, outputs=outputs, **attributes)
+    for i, output in enumerate(model.graph.outputs):
         if output.dtype == DataType.INT64:
-            output.shape = Shape(["M", "K"])
+            output.shape = Shape(["M", f"K{i}"])
     if any(DataType.from_numpy(array.dtype) in NARROW for array in arrays):
         common.InlinePass()(model)
         common.ShapeInferencePass()(model)
         widen(model)
-    return run(model, arrays)[0]
+    return run(model, arrays)
 
 
-def eager(op: torch.library.CustomOpDef, arrays: Sequence[np.ndarray], **attributes: Any) -> np.ndarray:
-    out = op(*map(to_torch, arrays), *attributes.values())
+def body(op_type: str, arrays: Sequence[np.ndarray], **attributes: Any) -> np.ndarray:
+    """The only result of ``bodies``."""
+    return bodies(op_type, arrays, 1, **attributes)[0]
+
+
+def eager(
+    op: torch.library.CustomOpDef, arrays: Sequence[np.ndarray], optional: Sequence[np.ndarray] = (), **attributes: Any
+) -> np.ndarray:
+    """The op's result; ``optional`` operands stand behind its attributes."""
+    out = op(*map(to_torch, arrays), *attributes.values(), *map(to_torch, optional))
     return (out.float() if out.is_floating_point() else out).numpy()
 
 
 def check(
-    op: torch.library.CustomOpDef, op_type: str, arrays: Sequence[np.ndarray], wanted: np.ndarray, **attributes: Any
+    op: torch.library.CustomOpDef,
+    op_type: str,
+    arrays: Sequence[np.ndarray],
+    wanted: np.ndarray,
+    optional: Sequence[np.ndarray] = (),
+    **attributes: Any,
 ) -> None:
     """Op and body against the same by hand, and against each other more closely."""
-    one, two = eager(op, arrays, **attributes), body(op_type, arrays, **attributes)
+    one, two = eager(op, arrays, optional, **attributes), body(op_type, [*arrays, *optional], **attributes)
     assert one.dtype == two.dtype == np.float32 and one.shape == two.shape == wanted.shape
     np.testing.assert_allclose(one, wanted, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(two, wanted, rtol=2e-5, atol=2e-5)

@@ -32,7 +32,7 @@ def node_model(inputs, iterations):
     )  # fmt: skip
 
 
-def by_hand(inputs, iterations):
+def coefficients_by_hand(inputs, iterations):
     """From the equations, in double precision."""
     streams, fn, base, (s0, s1, s2) = (a.astype(np.float64) for a in inputs)
     M, X, _ = streams.shape
@@ -46,7 +46,12 @@ def by_hand(inputs, iterations):
     for _ in range(iterations - 1):
         c /= c.sum(2, keepdims=True) + EPS
         c /= c.sum(1, keepdims=True) + EPS
-    return (pre[..., None] * streams).sum(1), post, c
+    return pre, post, c
+
+
+def by_hand(inputs, iterations):
+    pre, post, c = coefficients_by_hand(inputs, iterations)
+    return (pre[..., None] * inputs[0].astype(np.float64)).sum(1), post, c
 
 
 def eager(inputs, iterations):

@@ -38,20 +38,24 @@ def operands(S, C, ratio, position, H=2, width=4, seed=0, whole=True):
     return past, keys, [*arrays, past.position]
 
 
-def by_hand(past, keys, q, weights, K, ratio):
+def scores_by_hand(past, keys, q, weights, ratio):
+    """Of every query, the scores of the keys that it sees, by number."""
+    q, weights = q.astype(np.float64), weights.astype(np.float64)
+    return [weights[m] @ np.maximum(q[m] @ keys[b][: (t + 1) // ratio].T, 0) for m, b, t in past.each()]
+
+
+def best_by_hand(scores, K, among=lambda m, n: True):
     """Numbers by falling score, then rising number."""
-    picked = np.full((len(q), K), -1, np.int64)
-    for m, b, t in past.each():
-        keep = keys[b][: (t + 1) // ratio].astype(np.float64)
-        scores = weights[m].astype(np.float64) @ np.maximum(q[m].astype(np.float64) @ keep.T, 0)
-        best = sorted(range(len(keep)), key=lambda n: (-scores[n], n))[:K]
+    picked = np.full((len(scores), K), -1, np.int64)
+    for m, row in enumerate(scores):
+        best = sorted((n for n in range(len(row)) if among(m, n)), key=lambda n: (-row[n], n))[:K]
         picked[m, : len(best)] = best
     return picked
 
 
 def compare(S, C, K, ratio, position, scale=0.3, **kwargs):
     past, keys, arrays = operands(S, C, ratio, position, **kwargs)
-    wanted = by_hand(past, keys, *arrays[:2], min(K, C + arrays[2].shape[1]), ratio)
+    wanted = best_by_hand(scores_by_hand(past, keys, *arrays[:2], ratio), min(K, C + arrays[2].shape[1]))
     attributes = dict(top_k=K, ratio=ratio, scale=scale)
     for got in (eager(index_select, arrays, **attributes), body(OP, arrays, **attributes)):
         assert got.dtype == np.int64

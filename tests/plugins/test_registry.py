@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from one_node import one_node
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from v4export.plugins import OPS
 from v4export.plugins.function_body import OPSET, PLUGIN_HINTS
@@ -33,7 +34,14 @@ NODES = {
         [np.zeros((3, 4), np.float32), F32[0, :3], F32[0, :3]],
         dict(outputs=3, num_streams=1, iterations=2, eps=1e-6, norm_eps=1e-6),
     ),
+    "HyperCoefficients": (
+        [F32[:, None]],
+        [np.zeros((3, 4), np.float32), F32[0, :3], F32[0, :3]],
+        dict(outputs=3, num_streams=1, iterations=2, eps=1e-6, norm_eps=1e-6),
+    ),
     "HyperMix": ([F32[:, None], F32, F32[:, :1], F32[:, :1, None]], [], {}),
+    "EngramGating": ([F32[:, None], F32[:, None], F32, F32[:1], F32[:1]], [], dict(eps=1e-20)),
+    "EngramConv": ([F32[:, None], F32[:, None], np.zeros((4, 2), np.float32), INDICES[:, 0]], [], dict(dilation=1)),
     "MoeExperts": (
         [F32, F32[:, :1], INDICES],
         [np.zeros((1, 4, 4), np.float32)] * 3,
@@ -49,6 +57,16 @@ NODES = {
         [F32[:, None], F32[:, :1], F32[:, None], F32[:, None], INDICES[:, 0]],
         [],
         dict(top_k=1, ratio=4, scale=1.0),
+    ),
+    "CandidateSelect": (
+        [F32[:, None], F32[:, :1], F32[:, None], F32[:, None], INDICES[:, 0]],
+        [],
+        dict(outputs=2, top_k=1, ratio=4, scale=1.0, top_blocks=1, block_size=2),
+    ),
+    "IndexReselect": (
+        [F32[:, None], F32[:, :1], F32[:, None], F32[:, None], INDICES, INDICES[:, 0]],
+        [],
+        dict(top_k=1, ratio=4, scale=1.0, block_size=2),
     ),
     "WindowAttention": (
         [F32[:, None], F32[:, None], F32[:, None], INDICES[:, 0], F32[0, :1]],
@@ -79,6 +97,12 @@ def test_only_the_meant_name_is_the_parsers_own():
     standard = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
     names = {op.op_type for op in OPS}
     assert names & (PARSER_NAMES | standard) == {"TRT_BlockDequantize"}
+
+
+def test_only_one_name_is_onnxruntimes_too():
+    """In a domain of its own, but a name is all that TensorRT's parser goes by once it learns one of these."""
+    contrib = {schema.name for schema in onnxruntime_pybind11_state.get_all_operator_schema()}
+    assert contrib & {op.op_type for op in OPS} == {"SparseAttention"}
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.op_type)

@@ -26,10 +26,10 @@ CASES = {
 }
 
 
-def operands(S, C, K, ratio, position, H=3, W=8, seed=0):
+def operands(S, C, K, ratio, position, H=3, W=8, seed=0, since=()):
     past = Past.of(position, S, seed)
     rows, entries = past.rows(W), past.rows(W, ratio)
-    window = [past.queries(H, W), past.new(rows), past.ring(rows, R)]
+    window = [past.queries(H, W), past.new(rows), past.ring(rows, R, since)]
     selected = some(past, K, ratio)
     arrays = [*window, past.new(entries, ratio), past.held(entries, C, ratio), selected, past.position, past.normal(H)]
     return past, rows, entries, arrays
@@ -45,14 +45,16 @@ def some(past, K, ratio):
     return selected
 
 
-def compare(S, C, K, ratio, position, scale=0.3, **kwargs):
-    past, rows, entries, arrays = operands(S, C, K, ratio, position, **kwargs)
+def compare(S, C, K, ratio, position, scale=0.3, since=(), **kwargs):
+    past, rows, entries, arrays = operands(S, C, K, ratio, position, since=since, **kwargs)
 
     def seen(m, b, t):
-        return [*rows[b][max(0, t + 1 - R) : t + 1], *(entries[b][n] for n in arrays[5][m] if n >= 0)]
+        first = max(since[b] if since else 0, t + 1 - R)
+        return [*rows[b][first : t + 1], *(entries[b][n] for n in arrays[5][m] if n >= 0)]
 
     wanted = attend_by_hand(arrays[0], seen, past, scale, arrays[-1])
-    check(sparse_attention, OP, arrays, wanted, ratio=ratio, scale=scale)
+    optional = [np.array(since)] if since else []
+    check(sparse_attention, OP, arrays, wanted, optional=optional, ratio=ratio, scale=scale)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -64,6 +66,13 @@ def test_equation(case):
 @pytest.mark.parametrize("S", [1, 6])
 def test_every_place_in_an_entry(S, position):
     compare(S, position // 4 + 1, 3, 4, [position])
+
+
+@pytest.mark.parametrize("S", [1, 6])
+@pytest.mark.parametrize("since", range(8))
+def test_tokens_without_a_row(since, S):
+    """Their entries are seen all the same."""
+    compare(S, 3, 2, 4, [7, 7, 9, 0], since=[since, 3, 7, 0])
 
 
 @pytest.mark.slow
@@ -84,6 +93,7 @@ def test_narrow_rows_and_wide_sums(dtype):
 def test_registration():
     *_, arrays = operands(*CASES["unequal lengths"])
     torch.library.opcheck(sparse_attention, (*map(to_torch, arrays), 3, 0.3))
+    torch.library.opcheck(sparse_attention, (*map(to_torch, arrays), 3, 0.3, torch.tensor([0, 1, 5, 9])))
 
 
 def test_body_never_joins_the_rows():
@@ -94,11 +104,14 @@ def test_body_never_joins_the_rows():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("since", [[], [3]])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_tensorrt_builds_it(dtype, tmp_path):
+def test_tensorrt_builds_it(dtype, since, tmp_path):
     *_, arrays = operands(1, 3, 2, 4, [5], H=64, W=512)
     arrays = [a.astype(dtype) if i < 5 else a for i, a in enumerate(arrays)]
     entries = [["B", "U", 512], ["B", "C", 512], ["M", "K"]]
-    dims = [["M", 64, 512], ["B", "S", 512], ["B", 128, 512], *entries, ["B"], [64]]
+    optional = [np.array(since)] if since else []
+    dims = [["M", 64, 512], ["B", "S", 512], ["B", 128, 512], *entries, ["B"], [64], *[["B"] for _ in optional]]
     sizes = {"M": (1, 64, 128), "B": (1, 1, 2), "S": (1, 64, 64), "U": (1, 16, 16), "C": (1, 256, 16384)}
-    builds(one_node(OP, arrays, ratio=4, scale=0.04), dims, sizes | {"K": (1, 512, 512)}, tmp_path)
+    model = one_node(OP, [*arrays, *optional], ratio=4, scale=0.04)
+    builds(model, dims, sizes | {"K": (1, 512, 512)}, tmp_path)

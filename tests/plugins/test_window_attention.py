@@ -29,17 +29,21 @@ CASES = {
 }
 
 
-def operands(S, R, position, H=3, W=8, seed=0):
+def operands(S, R, position, H=3, W=8, seed=0, since=()):
     """The op's operands, and the rows by sequence."""
     past = Past.of(position, S, seed)
     rows = past.rows(W)
-    return past, rows, [past.queries(H, W), past.new(rows), past.ring(rows, R), past.position, past.normal(H)]
+    return past, rows, [past.queries(H, W), past.new(rows), past.ring(rows, R, since), past.position, past.normal(H)]
 
 
-def compare(S, R, position, scale=0.3, **kwargs):
-    past, rows, arrays = operands(S, R, position, **kwargs)
-    wanted = attend_by_hand(arrays[0], lambda _, b, t: rows[b][max(0, t + 1 - R) : t + 1], past, scale, arrays[-1])
-    check(window_attention, OP, arrays, wanted, scale=scale)
+def compare(S, R, position, scale=0.3, since=(), **kwargs):
+    past, rows, arrays = operands(S, R, position, since=since, **kwargs)
+
+    def seen(_, b, t):
+        return rows[b][max(since[b] if since else 0, t + 1 - R) : t + 1]
+
+    wanted = attend_by_hand(arrays[0], seen, past, scale, arrays[-1])
+    check(window_attention, OP, arrays, wanted, optional=[np.array(since)] if since else [], scale=scale)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -47,12 +51,21 @@ def test_equation(case):
     compare(*case)
 
 
+@pytest.mark.parametrize("S", [1, 6])
+@pytest.mark.parametrize("since", range(8))
+def test_tokens_without_a_row(since, S):
+    """From none of the window's to all of it but the new ones; unequal in a batch."""
+    compare(S, 4, [7, 7, 9, 0], since=[since, 3, 7, 0])
+
+
 @pytest.mark.slow
 @given(st.integers(1, 9), st.integers(1, 6), st.lists(st.integers(0, 20), min_size=1, max_size=3), st.data())
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_step(S, R, position, data):
     H, W = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
-    compare(S, R, position, data.draw(st.sampled_from([0.05, 1.0])), H=H, W=W, seed=data.draw(st.integers(0, 99)))
+    since = data.draw(st.just(()) | st.tuples(*(st.integers(0, p) for p in position)))
+    scale = data.draw(st.sampled_from([0.05, 1.0]))
+    compare(S, R, position, scale, H=H, W=W, seed=data.draw(st.integers(0, 99)), since=since)
 
 
 def test_chunks_do_not_matter():
@@ -89,6 +102,7 @@ def test_narrow_rows_and_wide_sums(dtype):
 def test_registration():
     *_, arrays = operands(*CASES["unequal lengths"])
     torch.library.opcheck(window_attention, (*map(to_torch, arrays), 0.3))
+    torch.library.opcheck(window_attention, (*map(to_torch, arrays), 0.3, torch.tensor([0, 1, 5, 9])))
 
 
 def test_body_never_joins_the_rows():
@@ -111,10 +125,12 @@ def test_untyped_operands_are_an_error():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("since", [[], [3]])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_tensorrt_builds_it(dtype, tmp_path):
+def test_tensorrt_builds_it(dtype, since, tmp_path):
     *_, arrays = operands(1, 128, [5], H=64, W=512)
     arrays = [a.astype(dtype) if i < 3 else a for i, a in enumerate(arrays)]
-    dims = [["M", 64, 512], ["B", "S", 512], ["B", 128, 512], ["B"], [64]]
+    optional = [np.array(since)] if since else []
+    dims = [["M", 64, 512], ["B", "S", 512], ["B", 128, 512], ["B"], [64], *[["B"] for _ in optional]]
     sizes = {"M": (1, 512, 1024), "B": (1, 1, 2), "S": (1, 512, 512)}
-    builds(one_node(OP, arrays, scale=0.04), dims, sizes, tmp_path)
+    builds(one_node(OP, [*arrays, *optional], scale=0.04), dims, sizes, tmp_path)

@@ -1,0 +1,1 @@
+"""The candidate_select op."""

@@ -1,0 +1,1 @@
+"""The engram_conv op."""

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
-from v4export.checkpoint.audit import Audit
+from v4export.checkpoint.audit import Audit, Weight
+from v4export.checkpoint.tensor import StoredTensor
 from v4export.config import ModelConfig
-from v4export.graphs.lint import Lint, lint
+from v4export.engram.files import write as write_engram
+from v4export.graphs.lint import Lint, lint, lint_nodes
 from v4export.graphs.lower import lower_for_cpu
-from v4export.graphs.stamp import stamp
-from v4export.graphs.trace import trace_parts
+from v4export.graphs.stamp import stamp, stamp_remembering
+from v4export.graphs.trace import ENTRIES, trace_parts
 from v4export.graphs.weights import place
 from v4export.precision import Precision
 from v4export.progress import Stages
 
 PORTABLE = "model.onnx"
 LOWERED_FOR_CPU = "model.cpu.onnx"
+#: The same of a model with a decoder, for tokens that do not pass it.
+REMEMBERING = "remember.onnx"
+REMEMBERING_FOR_CPU = "remember.cpu.onnx"
+#: All that there may be.
+GRAPHS = (PORTABLE, LOWERED_FOR_CPU, REMEMBERING, REMEMBERING_FOR_CPU)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,8 @@ class Graphs:
         linked: shards shared with the checkpoint.
         pointed_bytes: weight bytes used where they lie.
         written_bytes: weight bytes converted and written.
+        beside_bytes: bytes of tables that are read beside the graph, where they lie.
+        files: names of the portable graphs and of their copies for onnxruntime.
     """
 
     lint: Lint
@@ -40,12 +51,30 @@ class Graphs:
     linked: tuple[str, ...]
     pointed_bytes: int
     written_bytes: int
+    beside_bytes: int = 0
+    files: tuple[str, ...] = (PORTABLE, LOWERED_FOR_CPU)
 
 
 def export_graphs(
-    config: ModelConfig, audit: Audit, precision: Precision, out: Path, stages: Stages, *, copy_weights: bool = False
+    config: ModelConfig,
+    audit: Audit,
+    precision: Precision,
+    out: Path,
+    stages: Stages,
+    *,
+    token_map: np.ndarray | None = None,
+    copy_weights: bool = False,
 ) -> Graphs:
-    """Write ``model.onnx``, ``model.cpu.onnx`` and ``weights/`` into ``out``.
+    """Write ``model.onnx``, ``model.cpu.onnx`` and ``weights/`` into ``out``; with Engram, what its look-up needs.
+
+    Args:
+        config: the model.
+        audit: where its weights are.
+        precision: of the graph.
+        out: the folder.
+        stages: shows progress.
+        token_map: token id -> compressed id, of a model with Engram.
+        copy_weights: copy shards instead of linking them.
 
     Raises:
         NotSupported: the graph would be refused, or computed wrongly, by a runtime.
@@ -53,22 +82,43 @@ def export_graphs(
     with stages.stage("trace") as advance:
         parts = trace_parts(config, precision)
         advance(1)
-    with stages.stage("weights", sum(w.data.nbytes for w in audit.weights.values())) as advance:
-        placement = place(audit.weights.values(), precision, out, copy=copy_weights, advance=advance)
-    with stages.stage("graph", 3) as advance:
-        portable = stamp(config, precision, parts, placement.tensors, out)
-        found = lint(portable, config, parts)
-        ir.save(portable, out / PORTABLE)
-        advance(1)
-        lowered = lower_for_cpu(out / PORTABLE)
-        advance(1)
-        ir.save(lowered, out / LOWERED_FOR_CPU)
-        advance(1)
+    tables = {} if config.engram is None or config.engram.inside else engram_tables(audit.weights)
+    beside = {t.name: t for stored in tables.values() for t in stored if t}
+    weights = [w for w in audit.weights.values() if w.data.name not in beside]
+    with stages.stage("weights", sum(w.data.nbytes for w in weights)) as advance:
+        placement = place(weights, precision, out, beside=beside, copy=copy_weights, advance=advance)
+    if config.engram:
+        assert token_map is not None
+        lie = placement.beside
+        found = {layer: (lie[data.name], lie[scale.name] if scale else None) for layer, (data, scale) in tables.items()}
+        write_engram(out, config.engram, token_map, found)
+    graphs = {PORTABLE: stamp(config, precision, parts, placement.tensors, out)}
+    proved = lint(graphs[PORTABLE], config, parts)
+    if ENTRIES in parts:
+        graphs[REMEMBERING] = stamp_remembering(config, precision, parts, placement.tensors, out)
+        lint_nodes(graphs[REMEMBERING])
+    copies, counts = {PORTABLE: LOWERED_FOR_CPU, REMEMBERING: REMEMBERING_FOR_CPU}, {}
+    with stages.stage("graph", 2 * len(graphs)) as advance:
+        for name, graph in graphs.items():
+            ir.save(graph, out / name)
+            advance(1)
+            lowered = lower_for_cpu(out / name)
+            ir.save(lowered, out / copies[name])
+            counts[name] = len(lowered.graph)
+            advance(1)
     return Graphs(
-        found,
-        len(portable.graph),
-        len(lowered.graph),
+        proved,
+        len(graphs[PORTABLE].graph),
+        counts[PORTABLE],
         placement.linked,
         placement.pointed_bytes,
         placement.written_bytes,
+        sum(t.nbytes for t in beside.values()),
+        tuple(file for name in graphs for file in (name, copies[name])),
     )
+
+
+def engram_tables(weights: Mapping[str, Weight]) -> dict[int, tuple[StoredTensor, StoredTensor | None]]:
+    """Layer -> its Engram table and the multipliers of its rows, if they have any."""
+    tables = [w for w in weights.values() if w.role == "engram_table"]
+    return {int(w.name.split(".")[2]): (w.data, w.scale) for w in tables}

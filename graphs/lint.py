@@ -45,6 +45,16 @@ def lint(model: ir.Model, config: ModelConfig, parts: Mapping[str, Part]) -> Lin
     Raises:
         NotSupported: names the rule that is broken and where.
     """
+    lint_nodes(model)
+    return Lint(
+        _nodes_per_layer(model, config, parts),
+        _experts_referenced(model, config),
+        tuple(f"{domain}::{name}" for domain, name, _ in model.functions),
+    )
+
+
+def lint_nodes(model: ir.Model) -> None:
+    """What is to hold of any graph, whatever its layers are. Raises NotSupported."""
     imports = model.opset_imports
     if imports[""] != OPSET:
         raise _broken(f"opset {imports['']} where {OPSET} is meant")
@@ -52,11 +62,6 @@ def lint(model: ir.Model, config: ModelConfig, parts: Mapping[str, Part]) -> Lin
     _few_are_selected(model)
     _nothing_is_added_by_scattering(model)
     _every_initializer_is_used_and_fits(model)
-    return Lint(
-        _nodes_per_layer(model, config, parts),
-        _experts_referenced(model, config),
-        tuple(f"{domain}::{name}" for domain, name, _ in model.functions),
-    )
 
 
 def walk(nodes: ir.Graph | ir.Function) -> Iterator[ir.Node]:
@@ -73,13 +78,14 @@ def _everywhere(model: ir.Model) -> Iterator[ir.Node]:
 def _few_are_selected(model: ir.Model) -> None:
     """A custom op that selects has an attribute for it; its body's TopK takes so many, or all where there are fewer."""
     for node in _everywhere(model):
-        k = node.attributes.get("top_k")
-        if node.domain and k is not None and k.as_int() > MAX_TOPK:
-            raise NotSupported(
-                f"{node.op_type} selects more than TensorRT's TopK can",
-                f"{node.name}: k = {k.as_int()}, at most {MAX_TOPK}",
-                "Give the model a config.json with a smaller index_topk, if its authors allow that.",
-            )
+        for name in ("top_k", "top_blocks"):
+            k = node.attributes.get(name)
+            if node.domain and k is not None and k.as_int() > MAX_TOPK:
+                raise NotSupported(
+                    f"{node.op_type} selects more than TensorRT's TopK can",
+                    f"{node.name}: {name} = {k.as_int()}, at most {MAX_TOPK}",
+                    "Give the model a config.json that selects fewer, if its authors allow that.",
+                )
 
 
 def _nothing_is_added_by_scattering(model: ir.Model) -> None:
@@ -95,6 +101,21 @@ def _every_custom_node_has_a_body(model: ir.Model) -> None:
             raise _broken(f"{node.name}: {node.domain}::{node.op_type} has no function in the model")
         if node.domain and (node.domain, node.op_type) not in BY_NODE:
             raise _broken(f"{node.name}: {node.domain}::{node.op_type} is not one of the project's ops")
+    _bodies_serve_all_their_nodes(model)
+
+
+def _bodies_serve_all_their_nodes(model: ir.Model) -> None:
+    """A body is written for the first node of its type: what others have differently, it must read from the node."""
+    for (domain, name, overload), function in model.functions.items():
+        nodes = [n for n in _everywhere(model) if (n.domain, n.op_type, n.overload) == (domain, name, overload)]
+        read = {a.ref_attr_name for n in walk(function) for a in n.attributes.values() if a.is_ref()}
+        for attribute in function.attributes:
+            values = {str(n.attributes[attribute].value) for n in nodes if attribute in n.attributes}
+            if len(values) > 1 and attribute not in read:
+                raise _broken(f"{domain}::{name} stands in the graph with {attribute} of {', '.join(sorted(values))}")
+        operands = {len(n.inputs) for n in nodes}
+        if len(operands) > 1:
+            raise _broken(f"{domain}::{name} stands in the graph with {operands} inputs")
 
 
 def _every_initializer_is_used_and_fits(model: ir.Model) -> None:

@@ -14,13 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from v4export.config import ModelConfig
-from v4export.graphs.trace import CALLER, STATE, Part
+from v4export.graphs.trace import CALLER, DECODER_START, ENTRIES, Part
 from v4export.graphs.weights import Placed, numpy_dtype
+from v4export.model.block import STATE, block_shares
 from v4export.model.load import hub_name
 from v4export.plugins import BY_NODE
 from v4export.plugins.function_body import OPSET, VERSION
 from v4export.precision import Precision
-from v4export.state_contract import state_tensors
+from v4export.state_contract import StateTensor, remembered, state_tensors
 
 IR_VERSION = 10
 
@@ -50,6 +51,21 @@ def selected_name(layer: int) -> str:
     return f"selected.{layer}"
 
 
+def candidates_name(layer: int) -> str:
+    """Name of the numbers [M, K] of blocks of entries that a layer kept for later ones, -1 for none."""
+    return f"candidates.{layer}"
+
+
+def shares_name(layer: int) -> str:
+    """Name of the shares [M, X] of the streams in the next layer's input; -1 is the embedding's."""
+    return f"pre.{layer}"
+
+
+def engram_name(layer: int) -> str:
+    """Name of what was looked up for a layer, among the graph's inputs."""
+    return f"engram.{layer}"
+
+
 def stamp(
     config: ModelConfig, precision: Precision, parts: Mapping[str, Part], weights: Mapping[str, Placed], base: Path
 ) -> ir.Model:
@@ -62,50 +78,104 @@ def stamp(
         weights: where each weight lies, by Hub name.
         base: folder that the weights' locations are relative to.
     """
-    return _Stamper(config, precision, weights, base).model(parts)
+    return _Stamper(config, precision, parts, weights, base).whole()
+
+
+def stamp_remembering(
+    config: ModelConfig, precision: Precision, parts: Mapping[str, Part], weights: Mapping[str, Placed], base: Path
+) -> ir.Model:
+    """The graph of tokens that do not pass the decoder: new rows of all layers before it, and its entries.
+
+    Args as for ``stamp``.
+    """
+    return _Stamper(config, precision, parts, weights, base).remembering()
 
 
 #: How the graph's values are called that leave a block, state apart.
-_NAMES = {"hidden": hidden_name, "experts": experts_name, "selected": selected_name}
+_NAMES = {
+    "hidden": hidden_name,
+    "experts": experts_name,
+    "selected": selected_name,
+    "candidates": candidates_name,
+    "pre": shares_name,
+}
 
 
 class _Stamper:
-    def __init__(self, config: ModelConfig, precision: Precision, weights: Mapping[str, Placed], base: Path) -> None:
-        self.config, self.weights, self.base = config, weights, base
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        parts: Mapping[str, Part],
+        weights: Mapping[str, Placed],
+        base: Path,
+    ) -> None:
+        self.config, self.parts, self.weights, self.base = config, parts, weights, base
         self.activations = ir.DataType.from_numpy(numpy_dtype(precision.activations))
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
+        self.inputs: list[ir.Value] = []
+        self.new_state: list[ir.Value] = []
 
-    def model(self, parts: Mapping[str, Part]) -> ir.Model:
+    def whole(self) -> ir.Model:
         c = self.config
-        known = {name: self._input(name, CALLER[name], ir.DataType.INT64) for name in CALLER}
-        inputs, new_state = list(known.values()), []
-        known |= self._place(parts["embed"], "embed.", None, known)
-        known["hidden"].name = hidden_name(-1)
+        known = self._begin(list(CALLER))
+        if any(map(c.is_decoder, range(c.num_layers))):
+            known[DECODER_START] = self._input(DECODER_START, CALLER["position"], ir.DataType.INT64)
         for layer in range(c.num_layers):
-            tensors = {t.name: t for t in state_tensors(c, layer)}
-            held = {
-                STATE + t.name: self._input(
-                    state_name(layer, t.name),
-                    ("B", t.held_dim, t.width),
-                    ir.DataType.FLOAT if t.float32 else self.activations,
-                )
-                for t in tensors.values()
-            }
-            inputs += held.values()
-            out = self._place(parts[c.kind(layer)], f"layers.{layer}.", layer, known | held)
-            for name, value in out.items():
-                value.name = _NAMES.get(name, functools.partial(new_state_name, tensor=name))(layer)
-                if name in tensors:
-                    value.shape = ir.Shape(["B", tensors[name].returned_dim, tensors[name].width])
-                    new_state.append(value)
-            known["hidden"] = out["hidden"]
-        (logits,) = self._place(parts["head"], "head.", None, known).values()
+            self._layer(layer, c.kind(layer), known, state_tensors(c, layer))
+        (logits,) = self._place(self.parts["head"], "head.", None, known).values()
         logits.name, logits.shape = "logits", ir.Shape(["B", "Q", c.vocab_size])
+        return self._model([logits])
+
+    def remembering(self) -> ir.Model:
+        c = self.config
+        assert c.compressed and c.compressed.shared
+        decoder = c.compressed.shared.decoder
+        known = self._begin(["input_ids", "position"])
+        for layer in range(decoder):
+            self._layer(layer, c.kind(layer), known, state_tensors(c, layer))
+        self._layer(decoder, ENTRIES, known, remembered(c, decoder))
+        return self._model([])
+
+    def _begin(self, caller: Sequence[str]) -> dict[str, ir.Value]:
+        """What all layers read: the caller's inputs, and what the embedding makes of them."""
+        known = {name: self._input(name, CALLER[name], ir.DataType.INT64) for name in caller}
+        made = self._place(self.parts["embed"], "embed.", None, known)
+        for name in made.keys() & _NAMES.keys():
+            made[name].name = _NAMES[name](-1)
+        return known | made
+
+    def _layer(self, layer: int, kind: str, known: dict[str, ir.Value], tensors: Sequence[StateTensor]) -> None:
+        """One layer; ``known`` gains what it shares with those after it."""
+        part, dtype = self.parts[kind], self.activations
+        held = {
+            STATE + t.name: self._input(
+                state_name(layer, t.name),
+                ("B", t.held_dim, t.width),
+                ir.DataType.FLOAT if t.float32 else dtype,
+            )
+            for t in tensors
+        }
+        engram = self.config.engram
+        if engram and self.config.has_engram(layer):
+            width, kind_of = (engram.hashes, ir.DataType.INT64) if engram.inside else (engram.row_dim, dtype)
+            known["engram"] = self._input(engram_name(layer), ("B", "S", width), kind_of)
+        out = self._place(part, f"layers.{layer}.", layer, known | held)
+        by_name = {t.name: t for t in tensors}
+        for name, value in out.items():
+            value.name = _NAMES.get(name, functools.partial(new_state_name, tensor=name))(layer)
+            if name in by_name:
+                value.shape = ir.Shape(["B", by_name[name].returned_dim, by_name[name].width])
+                self.new_state.append(value)
+        shares = block_shares(self.config, layer) if kind != ENTRIES else {}
+        known |= {name: (out | held)[own] for name, own in shares.items()}
+
+    def _model(self, outputs: Sequence[ir.Value]) -> ir.Model:
         functions = portable_bodies(self.nodes)
         graph = ir.Graph(
-            inputs,
-            [logits, *new_state],
+            self.inputs,
+            [*outputs, *self.new_state],
             nodes=self.nodes,
             initializers=self.initializers.values(),
             opset_imports={"": OPSET, **dict.fromkeys(sorted({f.domain for f in functions}), VERSION)},
@@ -114,7 +184,9 @@ class _Stamper:
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="v4export", functions=functions)
 
     def _input(self, name: str, dims: Sequence[int | str], dtype: ir.DataType) -> ir.Value:
-        return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))
+        value = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))
+        self.inputs.append(value)
+        return value
 
     def _place(
         self, part: Part, prefix: str, layer: int | None, activations: Mapping[str, ir.Value]
@@ -122,7 +194,9 @@ class _Stamper:
         """Copy a part's nodes into the graph; the copies of its outputs, by name."""
         values: dict[ir.Value | None, list[ir.Value | None]] = {None: [None]}
         values |= {
-            formal: [activations[name]] for name, formal in zip(part.activations, part.graph.inputs, strict=False)
+            formal: [activations[name]]
+            for name, formal in zip(part.activations, part.graph.inputs, strict=False)
+            if formal.uses()
         }
         for formal, name in zip(part.graph.inputs[len(part.activations) :], part.weights, strict=True):
             values[formal] = list(self._weights_of(name, layer))

@@ -12,7 +12,7 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,23 +22,37 @@ import torch
 from torch import nn
 
 from v4export.config import ModelConfig
-from v4export.model.block import Block, Embed, Head, block_reads, rotation_names
+from v4export.model.block import (
+    STATE,
+    Block,
+    BlockOutput,
+    Embed,
+    Head,
+    block_reads,
+    block_returns,
+    embed_returns,
+    head_reads,
+)
 from v4export.model.linear import Storage
 from v4export.model.rope import rotations
+from v4export.model.shared_entries import HELD, NEW
 from v4export.plugins import BY_NODE, OPS
 from v4export.plugins.function_body import OPSET, PLUGIN_HINTS
 from v4export.precision import Precision
-from v4export.state_contract import StateTensor, state_tensors
+from v4export.state_contract import StateTensor, may_skip_decoder, remembered, state_tensors
 
 #: What the caller of the whole graph gives besides the state, with dynamic dimensions by the project's letters.
 CALLER: dict[str, tuple[str, ...]] = {"input_ids": ("B", "S"), "position": ("B",), "logits_at": ("B", "Q")}
 
-#: How the names of state tensors among a part's inputs begin.
-STATE = "state."
+#: The same of a model that has a decoder: the first token of each sequence that has passed it.
+DECODER_START = "decoder_start"
+
+#: Name of the part that makes the entries of the decoder's first layer, for tokens that do not pass it.
+ENTRIES = "entries"
 
 #: Sizes the tracer plugs in for each letter; T/n and S/n are rows that stand for n tokens. All differ and none is 0 or
 #: 1, lest torch.export take two for the same or for a constant.
-_SIZES = {"B": 2, "S": 1003, "M": 2006, "T": 5, "Q": 7}
+_SIZES = {"B": 2, "S": 1003, "M": 2006, "T": 5, "Q": 7, "K": 11, "N": 13}
 
 
 @dataclass(frozen=True)
@@ -110,46 +124,72 @@ class _Functional(nn.Module):
         return self._kind.call(lambda *a: self._run(weights, a), named)
 
 
-def _embed(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
-    return run(named["input_ids"], named["position"])
+def _in_order(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
+    return run(*named.values())
 
 
-def _block(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
-    held = {name.removeprefix(STATE): value for name, value in named.items() if name.startswith(STATE)}
-    out = run(named["hidden"], named, held)
-    return (out.hidden, *out.rows, *(t for t in (out.experts, out.selected) if t is not None))
-
-
-def _head(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
-    return run(named["hidden"], named["logits_at"])
+def _held_by(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(STATE): value for name, value in named.items() if name.startswith(STATE)}
 
 
 def trace_parts(config: ModelConfig, precision: Precision, *, absorbed: bool = True) -> dict[str, Part]:
-    """Trace what the model is made of: ``embed``, a block of each kind that occurs, ``head``."""
+    """Trace what the model is made of: ``embed``, a block of each kind that occurs, ``head``.
+
+    A model with a decoder also has the part ``entries``: what the decoder's first layer keeps of a token.
+    """
     storage = storage_of(precision)
     known = _activations(config, storage.dtype)
 
-    def reads(*names: str) -> dict[str, Activation]:
-        return {name: known[name] for name in names}
+    def reads(layer: int) -> dict[str, Activation]:
+        names = ["hidden", *block_reads(config, layer)]
+        held = {STATE + t.name: _held(t, storage.dtype) for t in state_tensors(config, layer)}
+        shared = _shared(config, layer, storage.dtype)
+        return {name: (known | shared)[name] for name in names} | held
 
     def block(layer: int) -> _Kind:
-        tensors = state_tensors(config, layer)
-        held = {STATE + t.name: _held(t, storage.dtype) for t in tensors}
-        names = [t.name for t in tensors]
-        extra = {"experts": config.is_moe(layer), "selected": "index_key" in names}
-        module = Block(config, layer, storage, absorbed, experts=1)
-        returns = ("hidden", *names, *(name for name, there in extra.items() if there))
-        return _Kind(module, reads("hidden", *block_reads(config, layer)) | held, _block, returns)
+        returns = tuple(block_returns(config, layer))
+
+        def call(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
+            out: BlockOutput = run(named["hidden"], named, _held_by(named))
+            return tuple(out.named()[name] for name in returns)
+
+        return _Kind(Block(config, layer, storage, absorbed, experts=1), reads(layer), call, returns)
+
+    def entries(layer: int) -> _Kind:
+        returns = tuple(t.name for t in remembered(config, layer))
+
+        def call(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
+            out = run(named["hidden"], named, _held_by(named))
+            return tuple(out[name] for name in returns)
+
+        return _Kind(_Entries(config, layer, storage, absorbed, experts=1), reads(layer), call, returns)
 
     with torch.device("meta"):
         embed, head = Embed(config, storage), Head(config, storage)
         kinds = {
-            "embed": _Kind(embed, reads("input_ids", "position"), _embed, ("hidden", *rotation_names(config))),
+            "embed": _Kind(
+                embed,
+                {name: known[name] for name in ("input_ids", "position")},
+                _in_order,
+                tuple(embed_returns(config)),
+            ),
             **{kind: block(layer) for kind, layer in config.kinds.items()},
-            "head": _Kind(head, reads("hidden", "logits_at"), _head, ("logits",)),
+            **({ENTRIES: entries(_decoder(config))} if may_skip_decoder(config) else {}),
+            "head": _Kind(head, {name: known[name] for name in head_reads(config)}, _in_order, ("logits",)),
         }
     with _quiet():
         return {name: _trace(kind) for name, kind in kinds.items()}
+
+
+class _Entries(Block):
+    """A block that only makes entries; most of its weights take no part."""
+
+    forward = Block.entries  # type: ignore[assignment]
+
+
+def _decoder(config: ModelConfig) -> int:
+    assert config.compressed and config.compressed.shared
+    return config.compressed.shared.decoder
 
 
 def storage_of(precision: Precision) -> Storage:
@@ -161,11 +201,31 @@ def _activations(config: ModelConfig, dtype: torch.dtype) -> dict[str, Activatio
     """What parts read besides weights and state, by name."""
     known = {name: Activation(dims) for name, dims in CALLER.items()}
     known["hidden"] = Activation(("M", *config.hidden_shape), dtype)
+    known[DECODER_START] = Activation(("B",))
+    if config.hyper:
+        known["pre"] = Activation(("M", config.hyper.streams), torch.float32)
+    if config.engram:
+        e = config.engram
+        known["engram"] = Activation(("B", "S", e.hashes)) if e.inside else Activation(("B", "S", e.row_dim), dtype)
+    known |= {"selected": Activation(("M", "K")), "candidates": Activation(("M", "N"))}
     for name, rotation in rotations(config).items():
         rows = "M" if rotation.every == 1 else f"B*S/{rotation.every}"
         turn = Activation((1, rows, config.qk_rope_head_dim // 2), torch.float32)
         known |= {f"cos.{name}": turn, f"sin.{name}": turn}
     return known
+
+
+def _shared(config: ModelConfig, layer: int, dtype: torch.dtype) -> dict[str, Activation]:
+    """The entries and index keys that a layer reads of the one before it that made them."""
+    c = config.compressed
+    if c is None or c.shared is None:
+        return {}
+    source = max((i for i in c.shared.kv_sources if i <= layer), default=None)
+    made = [t for t in state_tensors(config, source) if t.every == c.ratios[source]] if source is not None else []
+    made = [t for t in made if t.ring is None]
+    return {HELD + t.name: _held(t, dtype) for t in made} | {
+        NEW + t.name: Activation(("B", t.returned_dim, t.width), dtype) for t in made
+    }
 
 
 def _held(tensor: StateTensor, dtype: torch.dtype) -> Activation:
@@ -188,8 +248,13 @@ def _trace(kind: _Kind) -> Part:
     )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    _complete_types(program.model.graph)
-    return Part(program.model.graph, tuple(kind.reads), names, kind.returns)
+    graph = program.model.graph
+    _complete_types(graph)
+    weights = graph.inputs[len(kind.reads) :]
+    for value in [value for value in weights if isinstance(kind.module, _Entries) and not value.uses()]:
+        graph.inputs.remove(value)
+    used = {value.name for value in graph.inputs}
+    return Part(graph, tuple(kind.reads), tuple(n for n in names if f"weight:{n}" in used), kind.returns)
 
 
 def _complete_types(graph: ir.Graph) -> None:

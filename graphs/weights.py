@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,12 +72,14 @@ class Placement:
     Attributes:
         tensors: by canonical name; multipliers under their weight's name plus ``_scale_inv``.
         linked: source shards that OUT/weights shares with the checkpoint.
+        beside: the tensors that were to be there without being part of the graph, where they now lie.
         pointed_bytes: bytes used where they lie.
         written_bytes: bytes converted and written.
     """
 
     tensors: dict[str, Placed]
     linked: tuple[str, ...]
+    beside: dict[str, StoredTensor]
     pointed_bytes: int
     written_bytes: int
 
@@ -110,6 +112,7 @@ def place(
     precision: Precision,
     out: Path,
     *,
+    beside: Mapping[str, StoredTensor] | None = None,
     copy: bool = False,
     advance: Callable[[float], None] = lambda _: None,
 ) -> Placement:
@@ -119,6 +122,7 @@ def place(
         weights: what the graph needs, in reading order.
         precision: decides each weight's dtype by its role.
         out: folder of the graph; its subfolder ``weights`` is filled.
+        beside: tensors that the graph does not hold and whoever runs it reads, by name.
         copy: copy source shards even where they could be linked; ``onnx.checker`` refuses hard links.
         advance: told the bytes written.
 
@@ -133,7 +137,9 @@ def place(
         pointed += kept
         conversions += converted
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    links = _bring(sorted({tensor.file for _, tensor in pointed}), out / FOLDER, copy)
+    beside = beside or {}
+    needed = {tensor.file for tensor in (*(t for _, t in pointed), *beside.values())}
+    links = _bring(sorted(needed), out / FOLDER, copy)
     tensors = {
         name: Placed(name, f"{FOLDER}/{links[t.file]}", t.offset, t.nbytes, _dtype_name(t), t.shape)
         for name, t in pointed
@@ -143,6 +149,7 @@ def place(
     return Placement(
         tensors,
         tuple(links.values()),
+        {name: dataclasses.replace(t, file=out / FOLDER / links[t.file]) for name, t in beside.items()},
         sum(t.nbytes for _, t in pointed),
         sum(c.nbytes for c in conversions),
     )

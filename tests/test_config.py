@@ -94,8 +94,7 @@ def v4_configs(draw):
             o_lora_rank=draw(size),
             layers=tuple(kinds),
             rope_theta=draw(ratio),
-            csa_ratio=rates[0],
-            hca_ratio=rates[1],
+            ratios=tuple({WINDOW: 0, CSA: rates[0], HCA: rates[1]}[kind] for kind in kinds),
         ),
         indexer=draw(indexer if CSA in kinds else st.none() | indexer),
         hyper=replace(base.hyper, streams=draw(st.integers(1, 9)), sinkhorn_iterations=draw(size), eps=draw(ratio)),
@@ -132,11 +131,11 @@ def test_files_that_are_no_configuration(tmp_path, text):
 
 
 def test_unknown_model_type():
-    for family in ("deepseek_v41", None, 3, ["deepseek_v3"]):
+    for family in ("deepseek_v5", None, 3, ["deepseek_v3"]):
         with pytest.raises(BadInput) as error:
             read_config(raw(model_type=family))
         assert repr(family) in str(error.value)
-        assert "deepseek_v2, deepseek_v3, deepseek_v32, deepseek_v4, kimi_k2" in str(error.value)
+        assert "deepseek_v2, deepseek_v3, deepseek_v32, deepseek_v4, deepseek_v41, kimi_k2, v4x" in str(error.value)
     with pytest.raises(BadInput, match="unknown model_type None"):
         read_config({})
 
@@ -358,7 +357,7 @@ def test_both_spellings_of_v4():
     assert config.softmax_scale == 32**-0.5
     rates = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 64}
     other = read_config(named(compress_rates=rates, mlp_layer_types=["moe", "hash_moe", "moe", "hash_moe"]))
-    assert (other.compressed.csa_ratio, other.compressed.hca_ratio, other.hash_layers) == (8, 64, (1, 3))
+    assert (other.compressed.ratios, other.hash_layers) == ((0, 8, 64, 8), (1, 3))
 
 
 @pytest.mark.parametrize(

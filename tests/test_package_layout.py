@@ -19,15 +19,16 @@ SHARED = {"config", "errors", "plain", "precision", "presets", "progress", "stat
 #: Room -> rooms it may import, directly.
 MAY_IMPORT = {
     "plugins": set(),
-    "checkpoint": set(),
-    "model": {"plugins"},
-    "graphs": {"model", "plugins", "checkpoint"},
-    "runtime": {"model", "graphs"},
+    "checkpoint": {"engram"},
+    "engram": {"checkpoint"},
+    "model": {"plugins", "engram"},
+    "graphs": {"model", "plugins", "checkpoint", "engram"},
+    "runtime": {"model", "graphs", "engram"},
     "engine": {"plugins"},
     "package": set(),
-    "verify": {"runtime", "model", "plugins", "graphs", "checkpoint", "package", "engine"},
+    "verify": {"runtime", "model", "plugins", "graphs", "checkpoint", "package", "engine", "engram"},
     "show": {"engine", "api", "runtime", "verify"},
-    "api": {"checkpoint", "model", "graphs", "engine", "runtime", "verify", "package"},
+    "api": {"checkpoint", "model", "graphs", "engine", "runtime", "verify", "package", "engram"},
     "cli": {"api", "show", "engine", "verify", "package"},
 }
 LATE = {"torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "transformers", "polygraphy"}

@@ -11,13 +11,20 @@ from v4export.config import CSA, HCA, WINDOW, Fp8Blocks, Indexer
 from v4export.errors import BadInput
 
 PUBLISHED = ["deepseek-v2-lite", "deepseek-v3", "deepseek-v3.1", "kimi-k2"]
+V41 = ["deepseek-v4.1-flash"]
+OWN = ["v4-1t", "v4-lite"]
 V4 = [f"deepseek-v4-{name}" for name in ("flash", "flash-0731", "flash-base", "pro", "pro-0813", "pro-base")]
-TINY = ["tiny-kimi-k2", "tiny-v2-lite", "tiny-v3", "tiny-v3.1", "tiny-v3.2", "tiny-v4", "tiny-v4-fp4"]
-LARGE = {"tiny-kimi-k2": "kimi-k2", "tiny-v4": "deepseek-v4-flash", "tiny-v4-fp4": "deepseek-v4-flash"}
+TINY = ["tiny-kimi-k2", "tiny-v2-lite", "tiny-v3", "tiny-v3.1", "tiny-v3.2", "tiny-v4", "tiny-v4-fp4", "tiny-v4.1"]
+LARGE = {
+    "tiny-kimi-k2": "kimi-k2",
+    "tiny-v4": "deepseek-v4-flash",
+    "tiny-v4-fp4": "deepseek-v4-flash",
+    "tiny-v4.1": "deepseek-v4.1-flash",
+}
 
 
 def test_names():
-    assert {*PUBLISHED, *TINY, *V4, "deepseek-v3.2"} == {*presets.names()}
+    assert {*PUBLISHED, *TINY, *V4, *V41, *OWN, "deepseek-v3.2"} == {*presets.names()}
     assert presets.names() == sorted(presets.names())
     assert all(presets.load(name).num_layers for name in presets.names())
 
@@ -74,7 +81,7 @@ def test_tiny_v4_has_every_kind_of_layer(name):
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_ones_are_small_and_odd(name):
     config = presets.load(name)
-    assert parameter_counts(config).total < 1_000_000
+    assert parameter_counts(config).total < 2_500_000
     assert config.hidden_size % 128
     assert config.yarn
     assert 0 < len(config.moe_layers) < config.num_layers or config.compressed

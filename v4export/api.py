@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from v4export import presets
 from v4export.checkpoint.audit import Audit, audit
 from v4export.checkpoint.count import ParameterCounts, parameter_counts
@@ -24,6 +26,7 @@ from v4export.engine.options import (
     precision_for,
     prefill_chunk,
 )
+from v4export.engram.vocabulary import read_token_map
 from v4export.errors import BadInput
 from v4export.graphs.export import PORTABLE, Graphs, export_graphs
 from v4export.package.bundle import Bundle, whole_folder, write_manifest
@@ -38,6 +41,8 @@ from v4export.verify.boundary import Boundary
 from v4export.verify.compare import expected_boundaries
 from v4export.verify.report import write_report
 from v4export.verify.verification import Verification, verify_bundle
+
+_IMAGE = "it stands for an image, and text alone is exported"
 
 #: Longest sequence of a bundle, where neither the user nor the model says less.
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -137,6 +142,7 @@ def build(
     max_seq_len: int | None = None,
     layers: range | None = None,
     copy_weights: bool = False,
+    engram_inside: bool = False,
     scan_values: bool = True,
     force: bool = False,
     verify: bool = True,
@@ -156,6 +162,7 @@ def build(
         max_seq_len: longest sequence; the model's own limit or 4096, whichever is less, unless given.
         layers: use only the first layers.
         copy_weights: copy shards instead of linking them.
+        engram_inside: make Engram tables part of the graph, which must be small enough.
         scan_values: look for NaN and infinity in every weight.
         force: replace an existing bundle.
         verify: compare the graph with the PyTorch definition.
@@ -175,14 +182,15 @@ def build(
     if engine:
         precision, note = precision_for(engine, precision)
         check_targets(engine, precision)
-    found = find_precision(precision)
     with whole_folder(Path(out), force) as folder:
         checkpoint, account = audited(model, layers, scan_values, stages)
-        config = checkpoint.config
+        config = _with_tables(checkpoint.config, engram_inside)
+        found = find_precision(precision, config)
         length = _longest(config, max_seq_len)
         if engine:
             prefill_chunk(config, engine, length, precision)
-        graphs = export_graphs(config, account, found, folder, stages, copy_weights=copy_weights)
+        words = _words(config, checkpoint.directory)
+        graphs = export_graphs(config, account, found, folder, stages, token_map=words, copy_weights=copy_weights)
         copy_tokenizer(checkpoint.directory, folder)
         facts: dict[str, Any] = {
             "precision": precision,
@@ -191,6 +199,7 @@ def build(
             "command": command,
             "config": checkpoint.config_json,
             "layers": config.num_layers,
+            "engram_inside": engram_inside,
             "checkpoint": {"path": str(checkpoint.directory.resolve()), "header_sha256": checkpoint.header_hash},
             "audit": {**account.counts, "summary": account.summary(), "skipped_tensors": account.skipped},
             "graphs": graphs,
@@ -198,7 +207,7 @@ def build(
         bundle = Bundle(folder, facts, config, found)
         verification = engine_report = None
         if verify:
-            verification = _verified(bundle, account, stages, on_boundary, device=device)
+            verification = _verified(bundle, account, stages, on_boundary, token_map=words, device=device)
             facts["verification"] = verification.summary()
         if engine and (verification is None or verification.passed):
             with stages.stage("engine") as advance:
@@ -212,6 +221,20 @@ def build(
         if verification:
             verification.check()
     return Built(Bundle.open(Path(out)), account.summary(), graphs, note, verification, engine_report)
+
+
+def _words(config: ModelConfig, directory: Path) -> np.ndarray | None:
+    """Token id -> compressed id, by which Engram looks rows up."""
+    return read_token_map(directory, config.engram, config.vocab_size) if config.engram else None
+
+
+def _with_tables(config: ModelConfig, inside: bool) -> ModelConfig:
+    """The model with its Engram tables inside the graph or outside of it."""
+    if config.engram is None:
+        if inside:
+            raise BadInput("this model has no Engram tables", fix="leave --engram-inside out")
+        return config
+    return replace(config, engram=replace(config.engram, inside=inside))
 
 
 def verify(
@@ -249,7 +272,9 @@ def verify(
             f"header hash {opened.header_hash[:12]}, the manifest has {recorded[:12]}",
             "give the right one with --checkpoint, or build again",
         )
-    return _verified(bundle, account, stages, on_boundary, device=device, prompts=prompts, decode=decode)
+    words = _words(bundle.config, opened.directory)
+    how = {"token_map": words, "device": device, "prompts": prompts, "decode": decode}
+    return _verified(bundle, account, stages, on_boundary, **how)
 
 
 def engine(
@@ -282,6 +307,7 @@ def run(
     seed: int | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
+    skip_decoder: bool = False,
     threads: int = 0,
     device: str = "cpu",
     on_text: Callable[[str], None] | None = None,
@@ -312,6 +338,8 @@ def run(
         stop_strings=stop,
         stop_ids=frozenset(bundle.config.eos_token_ids),
         ignore_eos=ignore_eos,
+        skip_decoder=skip_decoder,
+        refused_ids={} if bundle.config.image_token_id is None else {bundle.config.image_token_id: _IMAGE},
         on_text=on_text,
     )
 

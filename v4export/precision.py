@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from v4export.config import Fp8Blocks
+from v4export.config import Fp8Blocks, ModelConfig
 from v4export.errors import BadInput
 
 #: Roles (``v4export/checkpoint/names.py``) whose matrices a narrow format applies to. Router, norms, embedding and head
@@ -60,12 +60,15 @@ PRECISIONS = {
 }
 
 
-def precision(name: str) -> Precision:
-    """The precision of that name.
+def precision(name: str, config: ModelConfig | None = None) -> Precision:
+    """The precision of that name; its FP8 blocks are those that a model's checkpoint has, where it has any.
 
     Raises:
         BadInput: there is none.
     """
     if name not in PRECISIONS:
         raise BadInput(f"unknown precision {name!r}", f"known: {', '.join(PRECISIONS)}", "choose one of them")
-    return PRECISIONS[name]
+    found, stored = PRECISIONS[name], config.fp8 if config else None
+    if found.fp8 is None or stored is None:
+        return found
+    return replace(found, fp8=replace(found.fp8, rows=stored.rows, columns=stored.columns))

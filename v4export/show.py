@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from v4export.config import CSA, HCA, ModelConfig
+from v4export.config import ModelConfig
 from v4export.engine.targets import support_rows
 
 if TYPE_CHECKING:  # at run time these rooms are heavy, and nothing here needs more than their results
@@ -113,7 +113,7 @@ def _attention(c: ModelConfig) -> str:
     if c.compressed is None:
         return f"{c.num_heads} heads over a latent of {c.kv_lora_rank} + {c.qk_rope_head_dim} rotary{selected}"
     v = c.compressed
-    ratios = " and ".join(str(v.ratio(kind)) for kind in (CSA, HCA) if kind in v.layers)
+    ratios = " and ".join(map(str, sorted({*v.ratios} - {0})))
     return (
         f"{c.num_heads} heads of {v.head_dim} over a window of {v.window}"
         + (f" and entries of {ratios} tokens" if ratios else "")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from v4export.config import CSA, HCA, ModelConfig
+from v4export.config import CSA, FULL, HCA, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,53 @@ class StateTensor:
 
 def state_tensors(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
     """The state of one layer."""
+    return (*_attention(config, layer), *_engram(config, layer))
+
+
+def _attention(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
     c, index = config.compressed, config.indexer
     if c is None:
         latent = StateTensor("latent", config.latent_dim)
         return (latent, StateTensor("index_key", index.head_dim)) if index else (latent,)
     window = StateTensor("window", c.head_dim, ring=c.window)
-    if c.layers[layer] == HCA:
-        return window, *_compressor("entry", "open", c.head_dim, c.hca_ratio, 1)
-    if c.layers[layer] == CSA:
+    kind, ratio = c.layers[layer], c.ratios[layer]
+    if kind == HCA:
+        return window, *_compressor("entry", "open", c.head_dim, ratio, 1)
+    if kind == CSA:
         assert index is not None
-        keys = _compressor("index_key", "index_open", index.head_dim, c.csa_ratio, 2)
-        return window, *_compressor("entry", "open", c.head_dim, c.csa_ratio, 2), *keys
+        keys = _compressor("index_key", "index_open", index.head_dim, ratio, 2)
+        return window, *_compressor("entry", "open", c.head_dim, ratio, 2), *keys
+    if kind == FULL:
+        assert index is not None
+        entry, open_rows = _compressor("entry", "open", c.head_dim, ratio, 1)
+        made_of = (open_rows,) if ratio > 1 else ()
+        return window, entry, *made_of, StateTensor("index_key", index.head_dim, every=ratio)
     return (window,)
+
+
+def _engram(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
+    """What a convolution needs of earlier tokens. Which tokens they were, whoever looks rows up has to know."""
+    e = config.engram
+    if e is None or not e.kernel or not config.has_engram(layer):
+        return ()
+    streams = config.hyper.streams if config.hyper else 1
+    return (StateTensor("engram", streams * config.hidden_size, ring=(e.kernel - 1) * e.dilation),)
+
+
+def remembered(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
+    """Of a layer's state what a step returns whose tokens do not pass the decoder: all before it, and its entries."""
+    tensors = state_tensors(config, layer)
+    if not config.is_decoder(layer):
+        return tensors
+    first = config.compressed and config.compressed.shared and layer == config.compressed.shared.decoder
+    return tuple(t for t in tensors if t.name != "window") if first else ()
+
+
+def may_skip_decoder(config: ModelConfig) -> bool:
+    """Whether tokens can be remembered without passing the decoder: whatever only it knows of them is in windows."""
+    layers = range(config.num_layers)
+    left = [set(state_tensors(config, i)) - set(remembered(config, i)) for i in layers]
+    return any(map(config.is_decoder, layers)) and all(t.name == "window" for some in left for t in some)
 
 
 def _compressor(entry: str, rows: str, width: int, ratio: int, halves: int) -> tuple[StateTensor, StateTensor]:

@@ -49,5 +49,6 @@ def test_parts_of_v4():
     assert parts["hyper_connections"] == coefficients * (4 * config.hidden_size + 1) + scales
     assert "dense_mlp" not in parts
     # Sinks, and a compressor's position biases, are part of attention.
-    without = parameter_counts(replace(config, compressed=replace(config.compressed, csa_ratio=1))).by_part
+    shorter = tuple(1 if ratio == 4 else ratio for ratio in config.compressed.ratios)
+    without = parameter_counts(replace(config, compressed=replace(config.compressed, ratios=shorter))).by_part
     assert parts["attention"] - without["attention"] == 3 * 2 * (2 * 32 + 2 * 16)

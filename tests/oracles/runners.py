@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from v4export.engram.hashing import Hasher
 from v4export.model import Transformer
 from v4export.runtime.onnx import OnnxExecutor
 from v4export.runtime.state import State
@@ -19,30 +20,60 @@ class Runner(Protocol):
     def step(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray: ...
 
 
+class Lookup(Protocol):
+    """Finds what Engram layers look up, as ``EngramFeed`` does."""
+
+    hasher: Hasher
+
+    def rows(self, tokens_BS: np.ndarray, history_BN: np.ndarray, lengths_B: np.ndarray) -> tuple[Any, np.ndarray]: ...
+
+
 class TorchRunner:
     """The PyTorch definition over the runtime's state; what no query may see holds a number that would show."""
 
-    def __init__(self, model: Transformer, batch: int) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, batch: int, lookup: Lookup | None = None) -> None:
+        self.model, self.lookup = model, lookup
         self.state = State.empty(model.config, batch, np.dtype(np.float32), 10_000)
+        if lookup:
+            self.state.history_BN = lookup.hasher.empty_history(batch)
         for buffer in self.state.buffers:
             buffer.array[:] = 7.0
 
     def step(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
         B, S = tokens_BS.shape
-        self.state.reserve(S, lengths_B)
+        every, start = torch.arange(S).expand(B, S), torch.from_numpy(self.state.decoder_start_B)
+        with torch.no_grad():
+            *given, found = self._given(tokens_BS, lengths_B)
+            out = self.model(*given, every, found, start)
+        self._put(out.rows)
+        self.state.commit(lengths_B)
+        return out.logits.numpy()
+
+    def remember(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> None:
+        """The same for tokens that do not pass the decoder."""
+        with torch.no_grad():
+            rows = self.model.remember(*self._given(tokens_BS, lengths_B))
+        self._put(rows)
+        self.state.commit(lengths_B, past_decoder=False)
+
+    def _given(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> tuple[Any, ...]:
+        """Tokens, positions, rows held, and what was looked up."""
+        self.state.reserve(tokens_BS.shape[1], lengths_B)
         held = [
             {name: torch.from_numpy(self.state.held(i, name)) for name in buffers}
             for i, buffers in enumerate(self.state.layers)
         ]
-        every = torch.arange(S).expand(B, S)
-        with torch.no_grad():
-            out = self.model(torch.from_numpy(tokens_BS), torch.from_numpy(self.state.lengths_B), held, every)
-        for i, rows in enumerate(out.rows):
-            for name, new in rows.items():
+        found = None
+        if self.lookup:
+            assert self.state.history_BN is not None
+            found, self.state.history_BN = self.lookup.rows(tokens_BS, self.state.history_BN, lengths_B)
+            found = {layer: torch.from_numpy(rows) for layer, rows in found.items()}
+        return torch.from_numpy(tokens_BS), torch.from_numpy(self.state.lengths_B), held, found
+
+    def _put(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        for i, layer in enumerate(rows):
+            for name, new in layer.items():
                 self.state.room(i, name)[:] = new.numpy()
-        self.state.commit(lengths_B)
-        return out.logits.numpy()
 
 
 class OnnxRunner:
@@ -54,6 +85,10 @@ class OnnxRunner:
     def step(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
         every = np.broadcast_to(np.arange(tokens_BS.shape[1]), tokens_BS.shape)
         return self.executor.step(tokens_BS, self.state, logits_at_BQ=every, lengths_B=lengths_B)
+
+    def remember(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> None:
+        """The same for tokens that do not pass the decoder."""
+        self.executor.remember(tokens_BS, self.state, lengths_B=lengths_B)
 
 
 def run_one(runner: Runner, ids: np.ndarray, chunks: Sequence[int], singles: int) -> np.ndarray:

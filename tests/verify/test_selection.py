@@ -7,7 +7,7 @@ import torch
 
 from v4export.plugins.index_select.op import index_select
 from v4export.verify.routing import Choices
-from v4export.verify.selection import IndexErrors, compare_selections
+from v4export.verify.selection import Indexed, IndexErrors, compare_selections
 
 #: One index head of width 4 that scores key n as ``KEYS[n]``, for a single query that sees them all.
 WIDTH = 4
@@ -30,7 +30,7 @@ def index(scores: list[float], top_k: int = 2, weight: float = 1.0, tokens: int 
 def compare(scores: list[float], taken: list[int], **options: float) -> Choices:
     top_k = int(options.pop("top_k", 2))
     return compare_selections(
-        index(scores, top_k, **options), torch.tensor([taken]), IndexErrors(ERROR * WIDTH**0.5, 0.0, 0.0)
+        Indexed(index(scores, top_k, **options)), torch.tensor([taken]), IndexErrors(ERROR * WIDTH**0.5, 0.0, 0.0)
     )
 
 
@@ -60,14 +60,14 @@ def test_scores_that_relu_makes_zero_are_a_near_tie_at_any_precision():
     exact = IndexErrors(0.0, 0.0, 0.0)
     arguments = index([3.0, -1.0, -2.0, -3.0])
     assert index_select(*arguments).tolist() == [[0, 1]]  # the lower number
-    found = compare_selections(arguments, torch.tensor([[0, 3]]), exact)
+    found = compare_selections(Indexed(arguments), torch.tensor([[0, 3]]), exact)
     assert found.ties == 1 and "scores 0 and 0, 0 apart" in found.evidence[0]
     assert "4 of 5 equal the last one selected, 4 are exactly 0" in found.evidence[0]
 
 
 def test_a_head_far_below_zero_moves_nothing():
     q, _, *rest = index([-5.0, -5.0, -5.0], top_k=1)
-    found = compare_selections((q, torch.ones(1, 1), *rest), torch.tensor([[1]]), IndexErrors(0.1, 0.1, 0.1))
+    found = compare_selections(Indexed((q, torch.ones(1, 1), *rest)), torch.tensor([[1]]), IndexErrors(0.1, 0.1, 0.1))
     assert "rounding explains 0;" in found.evidence[0]
 
 
@@ -91,10 +91,14 @@ def test_a_later_token_cannot_be_selected():
     arguments = index([3.0, 2.0, 1.0], tokens=2)
     sound = index_select(*arguments)
     exact = IndexErrors(0.0, 0.0, 0.0)
-    assert compare_selections(arguments, sound, exact) == Choices(0, (), (), 2)
+    assert compare_selections(Indexed(arguments), sound, exact) == Choices(0, (), (), 2)
     early = sound.clone()
     early[0, 1] = 4
-    assert compare_selections(arguments, early, exact).wrong[0].startswith("token 0: selected [0, 4] where 2 of the 4")
+    assert (
+        compare_selections(Indexed(arguments), early, exact)
+        .wrong[0]
+        .startswith("token 0: selected [0, 4] where 2 of the 4")
+    )
 
 
 def test_fewer_than_may_be_selected():
@@ -105,7 +109,9 @@ def test_fewer_than_may_be_selected():
 
 def test_an_error_of_the_weights_moves_scores_too():
     def ties(error: float) -> int:
-        return compare_selections(index([3.0, 2.0, 1.95]), torch.tensor([[0, 2]]), IndexErrors(0, 0, error)).ties
+        return compare_selections(
+            Indexed(index([3.0, 2.0, 1.95])), torch.tensor([[0, 2]]), IndexErrors(0, 0, error)
+        ).ties
 
     assert [ties(error) for error in (0.001, 0.1)] == [0, 1]
 
@@ -113,4 +119,6 @@ def test_an_error_of_the_weights_moves_scores_too():
 def test_nan_is_no_near_tie():
     q, weights, new, keys, *rest = index([3.0, 2.0, 1.9])
     keys[0, 1] = float("nan")
-    assert compare_selections((q, weights, new, keys, *rest), torch.tensor([[0, 2]]), IndexErrors(1.0, 1.0, 1.0)).wrong
+    assert compare_selections(
+        Indexed((q, weights, new, keys, *rest)), torch.tensor([[0, 2]]), IndexErrors(1.0, 1.0, 1.0)
+    ).wrong

@@ -24,6 +24,12 @@ _TOP = {
 }
 # Below layers.{i}. and model.layers.{i}.
 _LAYER = {
+    "engram.embed.weight": "engram.embed.weight",
+    "engram.wkv.weight": "engram.wkv.weight",
+    "engram.q_weight": "engram.q_weight",
+    "engram.k_weight": "engram.k_weight",
+    "engram.conv.norm": "engram.conv.norm",
+    "engram.conv.weight": "engram.conv.weight",
     "hc_attn_fn": "attn_hc.fn",
     "hc_attn_base": "attn_hc.base",
     "hc_attn_scale": "attn_hc.scale",
@@ -60,11 +66,19 @@ _LAYER = {
     "ffn.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
     "ffn.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
 }
+# DeepSeek-V4.1's, where they differ: index keys are made of entries, so an indexer is no compressor.
+_LAYER_V41 = {
+    "attn.indexer.wk.weight": "self_attn.indexer.wk.weight",
+    "attn.indexer.k_norm.weight": "self_attn.indexer.k_norm.weight",
+    "attn.indexer.wq_b.weight": "self_attn.indexer.wq_b.weight",
+    "attn.indexer.weights_proj.weight": "self_attn.indexer.weights_proj.weight",
+}
 # transformers' conversion back to DeepSeek's names shortens every kv_norm.
 _ALSO = {"attn.norm.weight": "self_attn.kv_norm.weight"}
 
 _READ = _LAYER | _ALSO
-_WRITTEN = {canonical: stored for stored, canonical in (_TOP | _LAYER).items()}
+_READ_V41 = _LAYER | _LAYER_V41
+_WRITTEN = {canonical: stored for stored, canonical in [*(_TOP | _LAYER).items(), *_LAYER_V41.items()]}
 _STORED_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
 _CANONICAL_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -77,22 +91,28 @@ def _renamed(leaf: str, table: Mapping[str, str]) -> str | None:
     return found.replace("{e}", expert[0]) if found and expert else found
 
 
-def _canonical(name: str) -> str | None:
+def _canonical(name: str, table: Mapping[str, str]) -> str | None:
     if name in _TOP:
         return _TOP[name]
     layer = _STORED_LAYER.fullmatch(name)
-    leaf = _renamed(layer[2], _READ) if layer else None
+    leaf = _renamed(layer[2], table) if layer else None
     return f"model.layers.{layer[1]}.{leaf}" if layer and leaf else None
 
 
-def canonical(name: str) -> str:
-    """The vocabulary's name for a stored one; a name that is not in the table stays as it is."""
+def canonical(name: str, shared_entries: bool = False) -> str:
+    """The vocabulary's name for a stored one; a name that is not in the table stays as it is.
+
+    Args:
+        name: stored.
+        shared_entries: whether layers share entries, as in DeepSeek-V4.1, where some names mean other tensors.
+    """
+    table = _READ_V41 if shared_entries else _READ
     for ending, weight in ((".scale", ".weight"), (SCALE, "")):
         if name.endswith(ending):
-            found = _canonical(name.removesuffix(ending) + weight)
+            found = _canonical(name.removesuffix(ending) + weight, table)
             if found and found.endswith(".weight"):
                 return found + SCALE
-    return _canonical(name) or name
+    return _canonical(name, table) or name
 
 
 def native(name: str) -> str:
@@ -116,7 +136,7 @@ def by_canonical_name(config: ModelConfig, tensors: Mapping[str, StoredTensor]) 
         return dict(tensors)
     found: dict[str, StoredTensor] = {}
     for stored, tensor in tensors.items():
-        name = canonical(stored)
+        name = canonical(stored, config.compressed.shared is not None)
         if name in found:
             raise BadInput("a tensor is stored under two names", f"{name} is {found[name].name} and {stored}")
         found[name] = tensor

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from v4export.checkpoint import names
-from v4export.checkpoint.formats import FP4_BLOCK, decode, dequantize_blocks, dequantize_fp4, grid
+from v4export.checkpoint.formats import FP4_BLOCK, FP8_ROW, decode, dequantize_blocks, dequantize_fp4, grid
 from v4export.checkpoint.index import Checkpoint
 from v4export.checkpoint.names import SCALE, Expected
 from v4export.checkpoint.scan import not_finite
@@ -27,11 +27,13 @@ _PACKED = ("I8", "U8")  # two E2M1 numbers in a byte
 DTYPES: dict[str, tuple[str, ...]] = {
     "linear": (*_PLAIN, _QUANTIZED),
     "expert": (*_PLAIN, _QUANTIZED, *_PACKED),
+    "engram_table": (*_PLAIN, _QUANTIZED),
     "hash_table": ("I64", "I32"),
 } | dict.fromkeys(
-    ("router", "router_bias", "norm", "embedding", "head", "bias", "projection", "hyper", "sink", "position_bias"),
+    ("router", "router_bias", "norm", "embedding", "head", "bias", "projection", "hyper", "sink", "position_bias",
+     "convolution"),
     _PLAIN,
-)
+)  # fmt: skip
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 
 
@@ -58,6 +60,9 @@ def _formats(config: ModelConfig) -> tuple[_Format, ...]:
         _Format(_PACKED, "FP4", "expert_dtype fp4", FP4_BLOCK, ("F8_E8M0",), 2),
     )
 
+
+#: Rows of an Engram table: any of a table's, whatever config.json says of other weights.
+_ROWS = _Format((_QUANTIZED,), "FP8", "", FP8_ROW, ("F8_E8M0",))
 
 _SHOWN = 5
 
@@ -129,13 +134,13 @@ class _Sorting:
 
     def add(self, one: Expected, data: StoredTensor, scale: StoredTensor | None) -> None:
         """Gives a weight its bytes, or notes what is wrong with them."""
-        formats = self.formats
+        formats, allowed = ((_ROWS,),) * 2 if one.role == "engram_table" else (self.formats, self.said)
         found = next((f for f in formats if data.dtype in f.dtypes), None)
-        said = found is None or found in self.said
+        said = found is None or found in allowed
         shape = found.stored(one.shape) if found else one.shape
         name = _shown(one.name, data)
         if data.dtype not in DTYPES[one.role] or not said:
-            others = {dtype for f in formats if f not in self.said for dtype in f.dtypes}
+            others = {dtype for f in formats if f not in allowed for dtype in f.dtypes}
             wanted = " or ".join(dtype for dtype in DTYPES[one.role] if dtype not in others)
             note = f" (config.json has no {found.key})" if found and data.dtype in DTYPES[one.role] else ""
             self.fault("of the wrong dtype", f"{name}: expected {wanted}, found {data.dtype}{note}")
@@ -234,7 +239,8 @@ def audit(checkpoint: Checkpoint, *, scan_values: bool = True, advance: Callable
 
     Args:
         checkpoint: an opened checkpoint.
-        scan_values: read every needed tensor once, in windows, and look for NaN and infinity.
+        scan_values: read every needed tensor once, in windows, and look for NaN and infinity. Engram tables, of which
+            few rows are ever read, are left out: rows are checked as they are looked up.
         advance: called with the bytes just scanned; they sum to at most ``checkpoint.nbytes``.
 
     Raises:
@@ -251,7 +257,8 @@ def audit(checkpoint: Checkpoint, *, scan_values: bool = True, advance: Callable
     if sorting.faults:
         raise _error(checkpoint, sorting.faults)
     if scan_values:
-        bad = not_finite(_in_file_order(checkpoint, {*sorting.used, *sorting.merged}), advance)
+        looked_up = {name for one in sorting.expected.values() if one.role == "engram_table" for name in _both(one)}
+        bad = not_finite(_in_file_order(checkpoint, {*sorting.used, *sorting.merged} - looked_up), advance)
         if bad:
             called = {tensor.name: _shown(name, tensor) for name, tensor in checkpoint.tensors.items()}
             raise BadInput(
@@ -262,6 +269,10 @@ def audit(checkpoint: Checkpoint, *, scan_values: bool = True, advance: Callable
         _check_tables(sorting.weights, config.num_experts)
     weights = {name: sorting.weights[name] for name in sorting.expected}
     return Audit(weights, tuple(sorting.used), tuple(sorting.merged), skipped)
+
+
+def _both(one: Expected) -> tuple[str, str]:
+    return one.name, one.name + SCALE
 
 
 def _check_tables(weights: dict[str, Weight], experts: int) -> None:

@@ -26,19 +26,23 @@ _PARTS = {
     "router": "router",
     "expert": "routed_experts",
     "hyper": "hyper_connections",
+    "engram_table": "engram_tables",
 }
 _BUFFERS = {"router_bias", "hash_table"}
 _NAMED_PARTS = {".self_attn.": "attention", ".shared_experts.": "shared_experts", ".mlp.": "dense_mlp"}
 
 
 def _part(one: Expected) -> str:
+    if ".engram." in one.name and one.role != "engram_table":
+        return "engram_fusion"  # its norms as well
     return _PARTS.get(one.role) or next(part for piece, part in _NAMED_PARTS.items() if piece in one.name)
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Counts as transformers does: router biases and hash tables are buffers and prediction layers are left out.
 
-    A token is worked on by everything but the embedding (one row is looked up) and the experts it is not routed to.
+    A token is worked on by everything but the embedding and Engram's tables (rows are looked up) and the experts it is
+    not routed to.
     """
     by_part: dict[str, int] = {}
     for one in expected(config).values():
@@ -49,4 +53,5 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     idle = experts - experts // config.num_experts * config.experts_per_token
     # A tied embedding is also the head, which every token is multiplied with.
     looked_up = 0 if config.tie_word_embeddings else by_part["embedding"]
+    looked_up += by_part.get("engram_tables", 0)
     return ParameterCounts(total, total - idle - looked_up, by_part)

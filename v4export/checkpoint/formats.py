@@ -17,6 +17,7 @@ E4M3_MAX = 448.0
 _SCALE_MIN = np.float32(2.0**-100)
 _BYTE_TABLES: dict[np.dtype, np.ndarray] = {}
 
+FP8_ROW = (1, 32)  # rows and columns of an Engram table that share a multiplier
 FP4_BLOCK = (1, 32)  # rows and columns that share a multiplier
 E2M1_MAX = 6.0
 # Halves of 6 and the next value there would be: what is above this would be nearer to 8, and is cut off.

@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from v4export.checkpoint import names_v4
+from v4export.checkpoint import names_engram, names_v4
 from v4export.checkpoint.table import Table
 from v4export.config import Indexer, ModelConfig
+from v4export.config.hashes import layouts
 
 SCALE = "_scale_inv"  # what an FP8 weight's name is followed by for its multipliers
 
@@ -23,7 +24,8 @@ class Expected:
     """A tensor a model needs.
 
     Role: linear, expert, router, router_bias, norm, embedding, head or bias; projection, a matrix that is never
-    quantised; hyper, sink or position_bias, which are small and float32; hash_table, of integers.
+    quantised; hyper, sink or position_bias, which are small and float32; hash_table, of integers; engram_table, of
+    which a few rows are read for a token; convolution.
     """
 
     name: str
@@ -95,6 +97,12 @@ SKIPS: dict[str, str] = {
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "rotary frequencies are computed from the configuration",
     r"model\.rotary_emb\.(\w+_)?inv_freq": "rotary frequencies are computed from the configuration",
 }
+# The same of a model that also takes images, of which text alone is exported.
+IMAGE_SKIPS: dict[str, str] = {
+    r"(vision|aligner)\..+": "vision tower; text alone is exported",
+    r"image_(start|end|newline|pad)": "vision tower; text alone is exported",
+    r"layers\.\d+\.ffn\.gate\.bias_vl": "router bias of image tokens; text alone is exported",
+}
 TIED = "tied to the embedding"
 LEFT_OUT = "in a layer left out with --layers"
 MTP = "multi-token prediction layer, used for drafting only"
@@ -114,12 +122,12 @@ def _index(config: ModelConfig) -> Indexer:
 def layer_tables(config: ModelConfig, layer: int) -> list[Table]:
     """The tables of one layer, in reading order; names are relative to ``model.layers.{layer}.``."""
     if config.compressed:
-        attention = names_v4.attention_tables(config.compressed.layers[layer])
+        attention = names_v4.attention_tables(config.compressed, layer)
     else:
         attention = [QUERY_LOW_RANK if config.q_lora_rank else QUERY, KEY_VALUE, *([INDEXER] if config.indexer else [])]
     streams = config.hyper is not None
     before, between = (names_v4.ATTENTION_STREAMS, names_v4.FEED_FORWARD_STREAMS) if streams else ({}, {})
-    tables = [before, ATTENTION_NORM, *attention, between, FEED_FORWARD_NORM]
+    tables = [*_engram_tables(config, layer), before, ATTENTION_NORM, *attention, between, FEED_FORWARD_NORM]
     if not config.is_moe(layer):
         return [*tables, DENSE]
     if layer in config.hash_layers:
@@ -127,6 +135,13 @@ def layer_tables(config: ModelConfig, layer: int) -> list[Table]:
     else:
         router = [ROUTER, ROUTER_BIAS] if config.topk_method == "noaux_tc" else [ROUTER]
     return [*tables, *router, EXPERT, *([SHARED] if config.num_shared_experts else [])]
+
+
+def _engram_tables(config: ModelConfig, layer: int) -> list[Table]:
+    if config.engram is None or not config.has_engram(layer):
+        return []
+    convolution = [names_engram.CONVOLUTION] if config.engram.kernel else []
+    return [names_engram.rows_table(layouts(config.engram)[layer].rows), names_engram.MEMORY, *convolution]
 
 
 def _fill(config: ModelConfig, table: Table, prefix: str = "") -> list[Expected]:
@@ -146,7 +161,7 @@ def expected(config: ModelConfig) -> dict[str, Expected]:
     for layer in range(config.num_layers):
         for table in layer_tables(config, layer):
             found += _fill(config, table, f"model.layers.{layer}.")
-    if config.hyper:
+    if config.hyper and not config.hyper.single_pass:
         found += _fill(config, names_v4.HEAD_STREAMS)
     found += _fill(config, FINAL_NORM)
     if not config.tie_word_embeddings:
@@ -181,4 +196,5 @@ def skip_reason(name: str, config: ModelConfig) -> str | None:
         return LEFT_OUT
     if layer and 0 <= int(layer[1]) - config.num_layers - config.left_out_layers < config.num_mtp_layers:
         return MTP
-    return next((reason for pattern, reason in SKIPS.items() if re.fullmatch(pattern, name)), None)
+    skips = SKIPS | (IMAGE_SKIPS if config.image_token_id is not None else {})
+    return next((reason for pattern, reason in skips.items() if re.fullmatch(pattern, name)), None)

@@ -1,4 +1,4 @@
-"""DeepSeek-V4's part of the vocabulary: attention with compressed entries, hyper-connections, and hash routing.
+"""V4's and V4.1's part of the vocabulary: attention with compressed entries, hyper-connections, and hash routing.
 
 The names are those of transformers' modules. What checkpoints call the same tensors is in ``aliases.py``.
 """
@@ -8,12 +8,33 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from v4export.checkpoint.table import Table
-from v4export.config import CSA, HCA, WINDOW, CompressedAttention, HyperConnections, Indexer, ModelConfig
+from v4export.config import (
+    CSA,
+    FULL,
+    HCA,
+    REINDEX,
+    REUSE,
+    WINDOW,
+    CompressedAttention,
+    HyperConnections,
+    Indexer,
+    ModelConfig,
+)
 
 
 def _attention(config: ModelConfig) -> CompressedAttention:
     assert config.compressed is not None
     return config.compressed
+
+
+def _ratio(kind: str) -> Callable[[ModelConfig], int]:
+    """Tokens of an entry of this kind of layer, which is the same in all of them."""
+
+    def ratio(config: ModelConfig) -> int:
+        c = _attention(config)
+        return c.ratios[c.layers.index(kind)]
+
+    return ratio
 
 
 def _index(config: ModelConfig) -> Indexer:
@@ -86,7 +107,7 @@ _INDEXER: Table = {
         lambda c: (_index(c).num_heads * _index(c).head_dim, c.q_lora_rank or 0),
         "linear",
     ),
-    **_compressor(f"{_COMPRESSOR}.indexer", lambda c: _index(c).head_dim, lambda c: _attention(c).csa_ratio, 2),
+    **_compressor(f"{_COMPRESSOR}.indexer", lambda c: _index(c).head_dim, _ratio(CSA), 2),
     f"{_COMPRESSOR}.indexer.scorer.weights_proj.weight": (
         lambda c: (_index(c).num_heads, c.hidden_size),
         "projection",
@@ -97,16 +118,40 @@ _OUTPUT: Table = {
     "self_attn.o_a_proj.weight": (lambda c: (_low_rank(c), _inner(c) // _attention(c).o_groups), "linear"),
     "self_attn.o_b_proj.weight": (lambda c: (c.hidden_size, _low_rank(c)), "linear"),
 }
+# Of DeepSeek-V4.1: entries are pooled without regard to a token's place, and index keys are projected from entries.
+_SOURCE: Table = {
+    f"{_COMPRESSOR}.kv_proj.weight": (lambda c: (_attention(c).head_dim, c.hidden_size), "projection"),
+    f"{_COMPRESSOR}.kv_norm.weight": (lambda c: (_attention(c).head_dim,), "norm"),
+}
+_SOURCE_GATE: Table = {
+    f"{_COMPRESSOR}.gate_proj.weight": (lambda c: (_attention(c).head_dim, c.hidden_size), "projection"),
+}
+_INDEX_KEYS: Table = {
+    "self_attn.indexer.wk.weight": (lambda c: (_index(c).head_dim, _attention(c).head_dim), "projection"),
+    "self_attn.indexer.k_norm.weight": (lambda c: (_index(c).head_dim,), "norm"),
+}
+_INDEX_QUERIES: Table = {
+    "self_attn.indexer.wq_b.weight": (
+        lambda c: (_index(c).num_heads * _index(c).head_dim, c.q_lora_rank or 0),
+        "linear",
+    ),
+    "self_attn.indexer.weights_proj.weight": (lambda c: (_index(c).num_heads, c.hidden_size), "projection"),
+}
 # kind of layer -> what it has beside a window
 _ENTRIES: dict[str, list[Table]] = {
     WINDOW: [],
-    CSA: [_compressor(_COMPRESSOR, lambda c: _attention(c).head_dim, lambda c: _attention(c).csa_ratio, 2), _INDEXER],
-    HCA: [_compressor(_COMPRESSOR, lambda c: _attention(c).head_dim, lambda c: _attention(c).hca_ratio, 1)],
+    CSA: [_compressor(_COMPRESSOR, lambda c: _attention(c).head_dim, _ratio(CSA), 2), _INDEXER],
+    HCA: [_compressor(_COMPRESSOR, lambda c: _attention(c).head_dim, _ratio(HCA), 1)],
+    FULL: [_SOURCE, _INDEX_KEYS, _INDEX_QUERIES],
+    REINDEX: [_INDEX_QUERIES],
+    REUSE: [],
 }
 #: Which experts a token id is routed to.
 HASH_TABLE: Table = {"mlp.gate.tid2eid": (lambda c: (c.vocab_size, c.experts_per_token), "hash_table")}
 
 
-def attention_tables(kind: str) -> list[Table]:
-    """The tables of a layer's attention, in reading order."""
-    return [_QUERY_KEY, *_ENTRIES[kind], _OUTPUT]
+def attention_tables(attention: CompressedAttention, layer: int) -> list[Table]:
+    """The tables of one layer's attention, in reading order."""
+    kind = attention.layers[layer]
+    gate = [_SOURCE_GATE] if kind == FULL and attention.ratios[layer] > 1 else []
+    return [_QUERY_KEY, *gate, *_ENTRIES[kind], _OUTPUT]

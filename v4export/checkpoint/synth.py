@@ -18,16 +18,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from v4export.checkpoint import names
 from v4export.checkpoint.aliases import native
 from v4export.checkpoint.byte_tokenizer import write_tokenizer
-from v4export.checkpoint.formats import FP4_BLOCK, grid, quantize_blocks, quantize_fp4
+from v4export.checkpoint.formats import FP4_BLOCK, FP8_ROW, grid, quantize_blocks, quantize_fp4
 from v4export.checkpoint.index import INDEX
 from v4export.checkpoint.names import SCALE, Expected
 from v4export.checkpoint.tensor import DTYPES
 from v4export.config import ModelConfig
 from v4export.config.readers import to_hub_config
+from v4export.engram.vocabulary import compress
 from v4export.errors import BadInput, NotEnough, NotSupported
 from v4export.precision import FLOAT32_ROLES, MATRIX_ROLES
 
@@ -50,6 +52,8 @@ DRAWN: dict[str, tuple[float, Callable[[int], float]]] = {
     "hyper": (0.0, lambda fan_in: fan_in**-0.5),
     "sink": (0.0, lambda fan_in: 1.0),
     "position_bias": (0.0, lambda fan_in: 1.0),
+    "engram_table": (0.0, lambda fan_in: 1.0),
+    "convolution": (0.0, lambda fan_in: fan_in**-0.5),
 }
 # Last part of a name -> the same, where a role has several sorts of tensor.
 _DRAWN_BY_NAME: dict[str, tuple[float, Callable[[int], float]]] = {
@@ -79,6 +83,10 @@ def _format(config: ModelConfig, role: str) -> _Format | None:
     if role == "expert" and config.fp4_experts:
         return _Format("I8", "F8_E8M0", 2, FP4_BLOCK, quantize_fp4)
     fp8 = config.fp8
+    if fp8 and role == "engram_table" and config.engram and config.engram.width % FP8_ROW[1] == 0:
+        return _Format(
+            "F8_E4M3", "F8_E8M0", 1, FP8_ROW, lambda rows: quantize_blocks(rows, *FP8_ROW, power_of_two=True)
+        )
     if fp8 is None or role not in MATRIX_ROLES:
         return None
     # DeepSeek-V4 stores a power of two as its exponent, the releases before it as float32.
@@ -314,9 +322,25 @@ def _fill(
     if len(shards) > 1:
         total = sum(planned.nbytes for shard in shards for planned in shard)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(folder / "config.json", to_hub_config(config))
-    _write_json(folder / "generation_config.json", _generation_config(config))
     write_tokenizer(config, folder)
+    _write_json(folder / "config.json", to_hub_config(_with_its_words(config, folder)))
+    _write_json(folder / "generation_config.json", _generation_config(config))
+
+
+def _with_its_words(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The model with as many different tokens as the tokenizer in the folder has, which Engram's hashes depend on."""
+    engram = config.engram
+    if engram is None:
+        return config
+    if not (folder / "tokenizer.json").is_file():
+        raise BadInput(
+            "a model with Engram needs a tokenizer, and the vocabulary is too small for one of bytes",
+            f"vocab_size = {config.vocab_size}",
+            "Give 256 and more, besides special tokens.",
+        )
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    words = compress(tokenizer, config.vocab_size, engram.pad_token_id)[1]
+    return replace(config, engram=replace(engram, compressed_vocab=words))
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

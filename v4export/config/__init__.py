@@ -7,6 +7,7 @@ half understood is how a graph gets built that runs and is wrong.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 
@@ -58,24 +59,63 @@ class Indexer:
 #: Kinds of attention layer of DeepSeek-V4: a sliding window; beside it the entries that an indexer selects (compressed
 #: sparse attention); beside it all of few entries (heavily compressed attention).
 WINDOW, CSA, HCA = "window", "csa", "hca"
+#: Of DeepSeek-V4.1, beside a window: makes entries and selects among them; selects among those of a layer before it;
+#: reads what a layer before it selected.
+FULL, REINDEX, REUSE = "full", "reindex", "reuse"
+
+
+@dataclass(frozen=True)
+class SharedEntries:
+    """Entries that some layers make and those after them read (CSA2 of DeepSeek-V4.1).
+
+    The layers from the last that makes entries on are the decoder: their entries need none of their hidden states, so
+    tokens that only have to be remembered need not pass them (causal encoder-decoder).
+    """
+
+    kv_sources: tuple[int, ...]  # layers that make entries and index keys
+    index_sources: tuple[int, ...]  # layers that select; the others go by the last of them
+    candidate_source: int | None  # keeps the best blocks of entries, among which later index sources select
+    candidate_blocks: int = 0  # kept for a token
+    candidate_block_size: int = 0  # entries of a block
+
+    @property
+    def decoder(self) -> int:
+        """The first layer of the decoder."""
+        return self.kv_sources[-1]
+
+    def keeps_candidates(self, layer: int) -> bool:
+        """Whether later index sources only select among what this layer keeps."""
+        return layer == self.candidate_source
+
+    def among_candidates(self, layer: int) -> bool:
+        """Whether this index source selects among what another layer kept."""
+        return self.candidate_source is not None and layer in self.index_sources and layer > self.candidate_source
+
+    def first_layers(self, count: int) -> SharedEntries | None:
+        """The same of the first ``count`` layers; None where they make no entries."""
+        kv, index = (tuple(i for i in layers if i < count) for layers in (self.kv_sources, self.index_sources))
+        kept = self.candidate_source if (self.candidate_source or 0) < count else None
+        return replace(self, kv_sources=kv, index_sources=index, candidate_source=kept) if kv else None
 
 
 @dataclass(frozen=True)
 class CompressedAttention:
-    """DeepSeek-V4's attention over a sliding window and compressed entries (arXiv 2606.19348, section 2.3)."""
+    """Attention over a sliding window and entries that stand for several tokens (arXiv 2606.19348, section 2.3)."""
 
     head_dim: int  # W: of a query head, and of the one key that is also the value
     window: int
     o_groups: int
     o_lora_rank: int
-    layers: tuple[str, ...]  # WINDOW, CSA or HCA, one a layer
-    rope_theta: float  # of CSA and HCA layers, which also have the YaRN scaling; window layers have neither
-    csa_ratio: int = 4  # tokens of a CSA entry
-    hca_ratio: int = 128  # tokens of an HCA entry
+    layers: tuple[str, ...]  # the kind of each layer
+    ratios: tuple[int, ...]  # tokens of an entry that a layer reads; 0 where it reads none
+    rope_theta: float  # of layers with entries, which also have the YaRN scaling; window layers have neither
+    shared: SharedEntries | None = None
+    norm_queries: bool = True  # each query head is divided by its root mean square
 
-    def ratio(self, kind: str) -> int:
-        """Tokens that an entry of this kind of layer stands for."""
-        return {CSA: self.csa_ratio, HCA: self.hca_ratio}[kind]
+    def first_layers(self, count: int) -> CompressedAttention:
+        """The same of the first ``count`` layers."""
+        shared = self.shared and self.shared.first_layers(count)
+        return replace(self, layers=self.layers[:count], ratios=self.ratios[:count], shared=shared)
 
 
 @dataclass(frozen=True)
@@ -85,6 +125,7 @@ class HyperConnections:
     streams: int  # X
     sinkhorn_iterations: int
     eps: float
+    single_pass: bool = False  # a half is collapsed by the shares that the half before it computed (DeepSeek-V4.1)
 
 
 @dataclass(frozen=True)
@@ -104,6 +145,12 @@ class Engram:
     seed: int = 0  # of the hashes
     kernel: int = 0  # taps of the convolution; 0 is none
     dilation: int = 1  # tokens between its taps
+    inside: bool = False  # the tables are part of the graph, which is given numbers of rows in place of rows
+
+    def first_layers(self, count: int) -> Engram | None:
+        """The same of the first ``count`` layers; None where none of them looks anything up."""
+        layers = tuple(i for i in self.layers if i < count)
+        return replace(self, layers=layers) if layers else None
 
     @property
     def hashes(self) -> int:
@@ -164,6 +211,7 @@ class ModelConfig:
     engram: Engram | None = None
     hash_layers: tuple[int, ...] = ()  # routed layers that choose experts by token id
     swiglu_limit: float | None = None  # gates are cut off above it, and up-projections beyond it on both sides
+    image_token_id: int | None = None  # stands for an image, which is not exported
     left_out_layers: int = 0  # layers of the checkpoint after ``num_layers`` that the user does not want
 
     @property
@@ -197,11 +245,39 @@ class ModelConfig:
         """Whether a layer has routed experts."""
         return layer in self.moe_layers
 
+    def has_engram(self, layer: int) -> bool:
+        """Whether a layer begins with a look-up."""
+        return self.engram is not None and layer in self.engram.layers
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether a layer selects what is attended to."""
+        if self.compressed is None:
+            return self.indexer is not None
+        return self.compressed.layers[layer] in (CSA, FULL, REINDEX)
+
+    def is_decoder(self, layer: int) -> bool:
+        """Whether tokens that only have to be remembered need not pass a layer."""
+        shared = self.compressed and self.compressed.shared
+        return bool(shared) and layer >= shared.decoder  # type: ignore[union-attr]
+
     def kind(self, layer: int) -> str:
         """Which kind of block a layer is; blocks of a kind differ in their weights alone."""
-        if self.compressed:
-            return self.compressed.layers[layer] + (" hash" if layer in self.hash_layers else "")
-        return "routed" if self.is_moe(layer) else "dense"
+        return " ".join(word for word in self._kind(layer) if word)
+
+    def _kind(self, layer: int) -> Iterator[str]:
+        c = self.compressed
+        shared = c.shared if c else None
+        if c is None:
+            yield "routed" if self.is_moe(layer) else "dense"
+        elif shared is None:
+            yield c.layers[layer]
+        else:
+            yield c.layers[layer] + (f"/{c.ratios[layer]}" if c.ratios[layer] else "")
+            yield "decoder" if self.is_decoder(layer) else ""
+            yield "keeping candidates" if shared.keeps_candidates(layer) else ""
+            yield "among candidates" if shared.among_candidates(layer) else ""
+        yield "hash" if layer in self.hash_layers else ""
+        yield "engram" if self.has_engram(layer) else ""
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -214,8 +290,15 @@ class ModelConfig:
     def first_layers(self, count: int) -> ModelConfig:
         """The model cut off after its first ``count`` layers, its head kept."""
         moe, hashed = (tuple(i for i in layers if i < count) for layers in (self.moe_layers, self.hash_layers))
-        compressed = self.compressed and replace(self.compressed, layers=self.compressed.layers[:count])
+        compressed = self.compressed and self.compressed.first_layers(count)
+        engram = self.engram and self.engram.first_layers(count)
         left_out = self.left_out_layers + self.num_layers - count
         return replace(
-            self, num_layers=count, moe_layers=moe, hash_layers=hashed, compressed=compressed, left_out_layers=left_out
+            self,
+            num_layers=count,
+            moe_layers=moe,
+            hash_layers=hashed,
+            compressed=compressed,
+            engram=engram,
+            left_out_layers=left_out,
         )

@@ -6,7 +6,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from v4export.config import ModelConfig
-from v4export.config.values import Key, always, count, one_of, or_null, real, size, token, tokens, truth
+from v4export.config.values import (
+    Key,
+    always,
+    count,
+    counts,
+    integer,
+    one_of,
+    or_null,
+    real,
+    size,
+    token,
+    tokens,
+    truth,
+)
 from v4export.errors import BadInput, NotSupported, V4Error
 
 # key -> (accepted values given the fields read so far, error class, why)
@@ -45,6 +58,26 @@ COMMON: dict[str, Key] = {
     "torch_dtype": Key("dtype", or_null(one_of("bfloat16", "float16", "float32"), "bfloat16"), None, also="dtype"),
 }
 
+#: Any family may carry Engram. DeepSeek-V4.1's keys, and those of the paper's form behind them.
+ENGRAM: dict[str, Key] = {
+    "engram_layer_ids": Key("engram.layers", or_null(counts), None),
+    "engram_max_ngram_size": Key("engram.max_order", or_null(integer(2)), None),
+    "engram_n_heads": Key("engram.heads", or_null(size), None),
+    "engram_head_dim": Key("engram.width", or_null(size), None),
+    "engram_vocab_size": Key("engram.buckets", or_null(integer(2)), None),
+    "engram_compressed_vocab_size": Key("engram.compressed_vocab", or_null(size), None),
+    "engram_pad_token_id": Key("engram.pad_token_id", token, None),
+    "engram_seed": Key("engram.seed", count, 0),
+    "engram_conv_kernel": Key("engram.kernel", count, 0),
+    "engram_conv_dilation": Key("engram.dilation", size, 1),
+}
+#: Hyper-connections, where a family may have them or not.
+HYPER: dict[str, Key] = {
+    "hc_mult": Key("hyper.streams", or_null(size), None),
+    "hc_sinkhorn_iters": Key("hyper.sinkhorn_iterations", or_null(size), None),
+    "hc_eps": Key("hyper.eps", or_null(real), None),
+}
+
 V2 = COMMON | {
     "n_group": Key("num_groups", or_null(size, 1), None),
     "topk_group": Key("topk_groups", or_null(size, 1), None),
@@ -58,6 +91,8 @@ V3 = COMMON | {
     "scoring_func": Key("scoring", one_of("sigmoid"), "sigmoid"),
     "topk_method": Key("topk_method", one_of("noaux_tc"), "noaux_tc"),
 }
+#: The project's own designs: latent attention, with parts of later models.
+V4X = V3 | HYPER
 V32 = V3 | {
     "index_n_heads": Key("indexer.num_heads", size),
     "index_head_dim": Key("indexer.head_dim", size),
@@ -103,7 +138,9 @@ REASONS: dict[str, tuple[str, ...]] = {
         "torchscript", "use_bfloat16", "use_cache",
     ),
     "classification heads are not part of the model": ("id2label", "label2id"),
-    "read on its own": ("model_type", "rope_theta", "rope_scaling", "rope_parameters", "quantization_config"),
+    "read on its own": (
+        "model_type", "rope_theta", "rope_scaling", "rope_parameters", "quantization_config", "engram_num_embeddings",
+    ),
 }  # fmt: skip
 IRRELEVANT: dict[str, str] = {key: reason for reason, keys in REASONS.items() for key in keys}
 

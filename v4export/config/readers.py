@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from v4export.config import CompressedAttention, HyperConnections, Indexer, ModelConfig, Yarn
+from v4export.config import CompressedAttention, Engram, HyperConnections, Indexer, ModelConfig, Yarn
 from v4export.config import readers_v4 as v4
-from v4export.config.keys import IRRELEVANT, LIMITED, LIMITED_V32, RULES, V2, V3, V32, Limits
+from v4export.config import readers_v41 as v41
+from v4export.config.hashes import layouts
+from v4export.config.keys import ENGRAM, IRRELEVANT, LIMITED, LIMITED_V32, RULES, V2, V3, V4X, V32, Limits
 from v4export.config.parts import read_fp8, read_yarn, write_fp8, write_yarn
 from v4export.config.values import Key, check_limited, read_fields, real, refuse_unknown, table
 from v4export.errors import BadInput, NotSupported
@@ -60,6 +62,8 @@ class Family:
         irrelevant: keys that change nothing, or are read by ``read``, and why.
         read: from the content and the fields of ``keys``, the fields that no key gives by itself.
         write: the keys that ``read`` reads.
+        flatten: from the content of a file to keys that do not nest.
+        nest: the reverse.
     """
 
     architecture: str
@@ -68,6 +72,13 @@ class Family:
     irrelevant: Mapping[str, str] = field(default_factory=lambda: IRRELEVANT)
     read: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _read_latent
     write: Callable[[ModelConfig], dict[str, Any]] = _write_latent
+    flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda raw: raw
+    nest: Callable[[dict[str, Any]], dict[str, Any]] = lambda raw: raw
+
+    @property
+    def all_keys(self) -> dict[str, Key]:
+        """Its own keys, and those that any family may have."""
+        return self.keys | ENGRAM
 
 
 FAMILIES: dict[str, Family] = {
@@ -75,19 +86,30 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("DeepseekV3ForCausalLM", V3, LIMITED),
     "deepseek_v32": Family("DeepseekV32ForCausalLM", V32, LIMITED_V32),
     "deepseek_v4": Family(v4.ARCHITECTURE, v4.KEYS, v4.V4_LIMITED, v4.V4_IRRELEVANT, v4.read, v4.write),
+    "deepseek_v41": Family(
+        v41.ARCHITECTURE, v41.KEYS, v41.LIMITED, v41.IRRELEVANT, v41.read, v41.write, v41.flatten, v41.nest
+    ),
     "kimi_k2": Family("DeepseekV3ForCausalLM", V3, LIMITED),
+    "v4x": Family("V4xForCausalLM", V4X, LIMITED),
 }
 # What a dotted field is a field of.
-_NESTED: dict[str, type] = {"indexer": Indexer, "compressed": CompressedAttention, "hyper": HyperConnections}
+_NESTED: dict[str, type] = {
+    "indexer": Indexer,
+    "compressed": CompressedAttention,
+    "hyper": HyperConnections,
+    "engram": Engram,
+}
 
 
-def _nest(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes one object of the fields ``indexer.num_heads``, ``indexer.head_dim`` ..., or None where all are None."""
-    nested = {name: value for name, value in fields.items() if "." not in name}
+def _nest(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes one object of the fields ``indexer.num_heads``, ``indexer.head_dim`` ..., or None where none is there."""
+    nested = {name: value for name, value in given.items() if "." not in name}
     for name, kind in _NESTED.items():
-        own = {key.split(".")[1]: value for key, value in fields.items() if key.startswith(f"{name}.")}
-        missing = sorted(f"{name}.{key}" for key, value in own.items() if value is None)
-        if missing and len(missing) < len(own):
+        own = {key.split(".")[1]: value for key, value in given.items() if key.startswith(f"{name}.")}
+        defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+        missing = sorted(f"{name}.{key}" for key, value in own.items() if value is None and key not in defaults)
+        there = [key for key, value in own.items() if value not in (None, defaults.get(key))]
+        if missing and there:
             raise BadInput(f"config values of the {name} are missing", ", ".join(missing))
         nested[name] = kind(**own) if own and not missing else None
     return nested
@@ -98,6 +120,35 @@ def _field(config: ModelConfig, name: str) -> Any:
     for part in name.split("."):
         value = None if value is None else getattr(value, part)
     return value
+
+
+def table_rows(engram: Engram) -> list[int]:
+    """Rows of each layer's table."""
+    return [layout.rows for layout in layouts(engram).values()]
+
+
+def _check_engram(engram: Engram, config: ModelConfig) -> None:
+    """Raises BadInput for values that do not go together."""
+    faults = {
+        "layers in order are wanted": list(engram.layers) != sorted(set(engram.layers)),
+        f"there are {config.num_layers} layers": engram.layers[-1] >= config.num_layers,
+        "the pad token is not in the vocabulary": engram.pad_token_id >= config.vocab_size,
+        "a convolution has two taps at least": engram.kernel == 1,
+    }
+    if any(faults.values()):
+        wrong = ", ".join(what for what, is_so in faults.items() if is_so)
+        raise BadInput(f"config values of Engram contradict: {wrong}", str(engram))
+
+
+def check_rows(engram: Engram, said: Any) -> None:
+    """Raises BadInput where the sizes of tables that a file states are not those that its hashes have."""
+    rows = table_rows(engram)
+    if said is not None and said != rows:
+        raise BadInput(
+            "config key engram_num_embeddings is not the number of rows of the Engram tables",
+            f"it says {said!r}; the primes from engram_vocab_size = {engram.buckets} on add up to {rows}",
+            "Use the model's published config.json.",
+        )
 
 
 def _load(source: Path) -> dict[str, Any]:
@@ -125,18 +176,26 @@ def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         raise BadInput(f"unknown model_type {name!r}", f"known: {', '.join(FAMILIES)}", "Check config.json.")
     family = FAMILIES[name]
-    also = {key.also for key in family.keys.values()} - {""}
-    refuse_unknown(raw, {*family.keys, *also, *family.limited, *family.irrelevant}, "config.json")
-    fields = read_fields(raw, family.keys)
+    raw = family.flatten(raw)
+    keys = family.all_keys
+    also = {key.also for key in keys.values()} - {""}
+    refuse_unknown(raw, {*keys, *also, *family.limited, *family.irrelevant}, "config.json")
+    given = read_fields(raw, keys)
     for key, (accepted, error, why) in family.limited.items():
         if key in raw:
-            check_limited(key, raw[key], accepted(fields), error, f"Supported: {why}.")
-    fields |= family.read(raw, fields)
-    config = ModelConfig(family=name, **_nest(fields))
-    for holds, wrong, shown in RULES + v4.RULES:
+            check_limited(key, raw[key], accepted(given), error, f"Supported: {why}.")
+    given |= family.read(raw, given)
+    nested = _nest(given)
+    if nested["engram"] and not nested["engram"].layers:
+        nested["engram"] = None
+    config = ModelConfig(family=name, **nested)
+    for holds, wrong, shown in RULES + v4.RULES + v41.RULES:
         if not holds(config):
             values = ", ".join(f"{one} = {_field(config, one)!r}" for one in shown)
             raise BadInput(f"config values contradict: {wrong}", values)
+    if config.engram:
+        _check_engram(config.engram, config)
+        check_rows(config.engram, raw.get("engram_num_embeddings"))
     return config
 
 
@@ -144,7 +203,18 @@ def to_hub_config(config: ModelConfig) -> dict[str, Any]:
     """The Hub-style config.json content that ``read_config`` reads back into an equal ModelConfig."""
     family = FAMILIES[config.family]
     eos = list(config.eos_token_ids)
-    raw = {"architectures": [family.architecture], "model_type": config.family, "hidden_act": "silu"}
+    raw: dict[str, Any] = {"architectures": [family.architecture], "model_type": config.family, "hidden_act": "silu"}
     raw |= {"eos_token_id": eos if len(eos) > 1 else eos[0] if eos else None} | family.write(config)
-    raw |= {name: _field(config, key.field) for name, key in family.keys.items() if name not in raw}
-    return dict(sorted(raw.items()))
+    raw |= {
+        name: list(value) if isinstance(value := _field(config, key.field), tuple) else value
+        for name, key in family.all_keys.items()
+        if name not in raw and not _is_absent(config, key.field)
+    }
+    if config.engram:
+        raw["engram_num_embeddings"] = table_rows(config.engram)
+    return family.nest(dict(sorted(raw.items())))
+
+
+def _is_absent(config: ModelConfig, name: str) -> bool:
+    """Whether a dotted field is one of something that the model does not have."""
+    return "." in name and _field(config, name.split(".")[0]) is None

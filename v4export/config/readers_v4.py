@@ -95,9 +95,9 @@ _BY_NAME = {
 }
 _RATES = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 # Neither cos and sin nor the softmax scale are stretched in V4, whatever the factor: mscale is no key, and 0 here.
-_YARN = {key: one for key, one in YARN.items() if "mscale" not in key}
-_YARN_LIMITED = {"truncate": YARN_LIMITED["truncate"], "attention_factor": (None, 1, 1.0)}
-_QUANTIZATION = QUANTIZATION | {"expert_dtype": (None, "fp8", "fp4")}
+YARN_V4 = {key: one for key, one in YARN.items() if "mscale" not in key}
+YARN_LIMITED_V4 = {"truncate": YARN_LIMITED["truncate"], "attention_factor": (None, 1, 1.0)}
+QUANTIZATION_V4 = QUANTIZATION | {"expert_dtype": (None, "fp8", "fp4")}
 
 
 def read(raw: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def read(raw: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     quantized = table("quantization_config", raw.get("quantization_config")) or {}
     stored = dict(raw) | {f"quantization_config.{key}": value for key, value in quantized.items()}
     dtypes = dict.fromkeys(("expert_dtype", "quantization_config.expert_dtype"), one_of("fp4", "fp8"))
-    yarn = agreed(flat, {"rope_scaling": _yarn, "rope_parameters.compress": _yarn}, None)
+    scaling = agreed(flat, {"rope_scaling": yarn, "rope_parameters.compress": yarn}, None)
     if read_yarn(_without_base(flat.get("rope_parameters.main") or {})) is not None:
         raise NotSupported(
             "window layers have no rotary scaling", f"rope_parameters.main = {flat['rope_parameters.main']}"
@@ -137,13 +137,12 @@ def read(raw: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         "num_groups": 1,
         "topk_groups": 1,
         "rope_theta": agreed(flat, {"rope_theta": real, "rope_parameters.main.rope_theta": real}),
-        "yarn": yarn,
-        "fp8": read_fp8(raw, _QUANTIZATION),
+        "yarn": scaling,
+        "fp8": read_fp8(raw, QUANTIZATION_V4),
         "fp4_experts": agreed(stored, dtypes, "fp8") == "fp4",
         "hash_layers": agreed(raw, hashed),
         "compressed.layers": kinds,
-        "compressed.csa_ratio": rates[0],
-        "compressed.hca_ratio": rates[1],
+        "compressed.ratios": tuple({WINDOW: 0, CSA: rates[0], HCA: rates[1]}[kind] for kind in kinds),
         "compressed.rope_theta": agreed(
             flat, {"compress_rope_theta": real, "rope_parameters.compress.rope_theta": real}
         ),
@@ -166,9 +165,10 @@ def _without_base(scaling: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in scaling.items() if key not in ("rope_theta", "partial_rotary_factor")}
 
 
-def _yarn(key: str, value: Any) -> Any:
-    yarn = read_yarn(_without_base(table(key, value) or {}), _YARN, _YARN_LIMITED)
-    return yarn and replace(yarn, mscale=0.0)
+def yarn(key: str, value: Any) -> Any:
+    """Reads a rotary scaling that stretches neither cos and sin nor the softmax scale."""
+    found = read_yarn(_without_base(table(key, value) or {}), YARN_V4, YARN_LIMITED_V4)
+    return found and replace(found, mscale=0.0)
 
 
 def _list(key: str, value: Any, least: int) -> list[Any]:
@@ -225,15 +225,17 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "qk_rope_head_dim": config.qk_rope_head_dim,
         "rope_theta": config.rope_theta,
         "compress_rope_theta": c.rope_theta,
-        "rope_scaling": write_yarn(config.yarn, _YARN),
+        "rope_scaling": write_yarn(config.yarn, YARN_V4),
     }
-    if (c.csa_ratio, c.hca_ratio) == (4, 128):
+    rates = {kind: ratio for kind, ratio in zip(c.layers, c.ratios, strict=True) if ratio}
+    rates = {word: rates.get(_BY_NAME[word], usual) for word, usual in _RATES.items()}
+    if rates == _RATES:
         ratios = {kind: ratio for ratio, kind in _BY_RATIO.items()}
         raw["compress_ratios"] = [ratios[kind] for kind in c.layers] + [0] * config.num_mtp_layers
     else:
         words = {kind: word for word, kind in _BY_NAME.items()}
         raw["layer_types"] = [words[kind] for kind in c.layers]
-        raw["compress_rates"] = dict(zip(_RATES, (c.csa_ratio, c.hca_ratio), strict=True))
+        raw["compress_rates"] = rates
     if config.hash_layers == tuple(range(len(config.hash_layers))):
         raw["num_hash_layers"] = len(config.hash_layers)
     else:

@@ -101,6 +101,13 @@ def tokens(key: str, value: Any) -> tuple[int, ...]:
     return tuple(integer(0)(key, one) for one in ids)
 
 
+def counts(key: str, value: Any) -> tuple[int, ...]:
+    """Reads a list of integers of at least 0."""
+    if not isinstance(value, list):
+        raise wrong_value(key, value, "a list of integers")
+    return tuple(integer(0)(key, one) for one in value)
+
+
 size, count, token = integer(1), integer(0), or_null(integer(0))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from v4export.config import HCA, WINDOW, ModelConfig
+from v4export.config import HCA, ModelConfig
 from v4export.plugins.limits import MAX_ELEMENTS
 from v4export.plugins.moe_experts.onnx import parts
 
@@ -52,19 +52,17 @@ def scratch(config: ModelConfig, max_seq_len: int, itemsize: int = 2) -> list[Sc
 
 def _attention(config: ModelConfig, tokens: int) -> Iterator[Scratch]:
     """Scores, and rows that each token gathers for itself; both are float32."""
-    compressed, index = config.compressed, config.indexer
-    kinds = set(compressed.layers) if compressed else {WINDOW}
-    for kind in sorted(kinds):
-        seen = tokens
-        if compressed:
-            seen = compressed.window + (0 if kind == WINDOW else tokens // compressed.ratio(kind))
-        if index and (not compressed or kind not in (WINDOW, HCA)):
-            keys = tokens // compressed.ratio(kind) if compressed else tokens
-            selected = min(index.top_k, max(1, keys))
-            width = compressed.head_dim if compressed else config.latent_dim
-            yield _scores("index scores", index.num_heads * max(1, keys))
+    c, index = config.compressed, config.indexer
+    kinds = set(zip(c.layers, c.ratios, strict=True)) if c else {("", 1)}
+    for kind, ratio in sorted(kinds):
+        keys = max(1, tokens // ratio) if ratio else 0
+        seen = keys + (c.window if c else 0)
+        if index and keys and kind != HCA:
+            selected = min(index.top_k, keys)
+            width = c.head_dim if c else config.latent_dim
+            yield _scores("index scores", index.num_heads * keys)
             yield _scores("selected rows", selected * width)
-            seen = selected + (compressed.window if compressed else 0)
+            seen = selected + (c.window if c else 0)
         yield _scores("attention scores", config.num_heads * seen)
 
 

@@ -9,15 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from v4export.config import WINDOW, ModelConfig
+from v4export.config import CSA, FULL, HCA, REINDEX, REUSE, WINDOW, ModelConfig
+from v4export.model.attended import Attended
+from v4export.model.engram import EngramMemory
 from v4export.model.linear import IN_FLOAT32, Linear, Storage, parameter
 from v4export.model.mla import LatentAttention
 from v4export.model.moe import MixtureOfExperts, SwiGLU
 from v4export.model.norm import RMSNorm
-from v4export.model.residual import HyperConnection, HyperHead, Residual
-from v4export.model.rope import angles, rotations
-from v4export.model.window import WindowAttention
+from v4export.model.residual import HyperConnection, HyperHead, Residual, collapse, first_shares
+from v4export.model.rope import angles, entry_rotation, rotations, token_rotation
+from v4export.model.shared_entries import HELD, NEW, SharedEntryAttention
+from v4export.model.window import EntryAttention, WindowAttention
 from v4export.state_contract import state_tensors
+
+#: How the names of a layer's state tensors among what its block reads begin.
+STATE = "state."
 
 
 class BlockOutput(NamedTuple):
@@ -25,15 +31,24 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         hidden: [M, D], or [M, X, D] with hyper-connections.
-        rows: new rows of each state tensor of the layer, in the contract's order.
+        rows: new rows of each state tensor of the layer, by name.
         experts: taken, [M, K]; None in a dense layer.
-        selected: tokens or entries that an indexer selected, [M, K]; None without an indexer.
+        selected: tokens or entries that the layer's indexer selected, [M, K]; None without one.
+        candidates: blocks of entries that it kept for later layers, [M, K], or None.
+        pre: shares of the streams in the next layer's input, float32 [M, X], where that goes by them.
     """
 
     hidden: torch.Tensor
-    rows: tuple[torch.Tensor, ...]
-    experts: torch.Tensor | None
-    selected: torch.Tensor | None
+    rows: dict[str, torch.Tensor]
+    experts: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
+    candidates: torch.Tensor | None = None
+    pre: torch.Tensor | None = None
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """All that there is, rows by their own names."""
+        rest = {name: value for name, value in self._asdict().items() if name != "rows" and value is not None}
+        return rest | self.rows
 
 
 class Embed(nn.Module):
@@ -46,38 +61,87 @@ class Embed(nn.Module):
         self.embed_tokens = nn.ParameterDict({"weight": table})
 
     def forward(self, ids_BS: torch.Tensor, position_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Hidden states [M, D] or [M, X, D]; cos and sin of each rotation, in ``rotations``' order."""
+        """As ``embed_returns`` says: hidden states [M, D] or [M, X, D]; cos and sin of each rotation; shares."""
         hidden = nn.functional.embedding(ids_BS.reshape(-1), self.embed_tokens["weight"])
         if self.config.hyper:
             hidden = hidden.unsqueeze(1).expand(-1, self.config.hyper.streams, -1).contiguous()
         width = self.config.qk_rope_head_dim
         turned = [angles(one, width, position_B, ids_BS.shape[1]) for one in rotations(self.config).values()]
-        return hidden, *(part for pair in turned for part in pair)
+        shares = [first_shares(hidden)] if self.config.hyper and self.config.hyper.single_pass else []
+        return hidden, *(part for pair in turned for part in pair), *shares
 
-    def shared(self, ids_BS: torch.Tensor, position_B: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def shared(
+        self, ids_BS: torch.Tensor, position_B: torch.Tensor, decoder_start_B: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Hidden states, and everything else that blocks read, by name."""
-        hidden, *turned = self(ids_BS, position_B)
-        return hidden, dict(zip(rotation_names(self.config), turned, strict=True)) | {
-            "input_ids": ids_BS,
-            "position": position_B,
-        }
+        hidden, *rest = self(ids_BS, position_B)
+        shared = dict(zip(embed_returns(self.config)[1:], rest, strict=True))
+        start_B = torch.zeros_like(position_B) if decoder_start_B is None else decoder_start_B
+        return hidden, shared | {"input_ids": ids_BS, "position": position_B, "decoder_start": start_B}
 
 
-def rotation_names(config: ModelConfig) -> list[str]:
-    """What the embedding returns after the hidden states."""
-    return [f"{part}.{name}" for name in rotations(config) for part in ("cos", "sin")]
+def embed_returns(config: ModelConfig) -> list[str]:
+    """What the embedding returns."""
+    turned = [f"{part}.{name}" for name in rotations(config) for part in ("cos", "sin")]
+    return ["hidden", *turned, *(["pre"] if config.hyper and config.hyper.single_pass else [])]
+
+
+# kind of attention -> what it reads of layers before it
+_READS_OF_OTHERS = {
+    REINDEX: [f"{when}{name}" for name in ("entry", "index_key") for when in (HELD, NEW)],
+    REUSE: [f"{HELD}entry", f"{NEW}entry", "selected"],
+}
 
 
 def block_reads(config: ModelConfig, layer: int) -> list[str]:
     """What a block reads besides hidden states and its own state."""
-    kind = config.compressed.layers[layer] if config.compressed else WINDOW
-    used = ["main"] if kind == WINDOW else ["compressed", kind]
-    ids = ["input_ids"] if layer in config.hash_layers else []
-    return ["position", *ids, *(f"{part}.{name}" for name in used for part in ("cos", "sin"))]
+    c = config.compressed
+    kind, ratio = (c.layers[layer], c.ratios[layer]) if c else (WINDOW, 0)
+    turned = {token_rotation(config, layer), *([entry_rotation(ratio)] if kind in (CSA, HCA, FULL) else [])}
+    names = [
+        *(["input_ids"] if layer in config.hash_layers else []),
+        *(["engram"] if config.has_engram(layer) else []),
+        *(["pre"] if config.hyper and config.hyper.single_pass else []),
+        *(["decoder_start"] if config.is_decoder(layer) else []),
+        *_READS_OF_OTHERS.get(kind, []),
+        *(["candidates"] if c and c.shared and c.shared.among_candidates(layer) else []),
+    ]
+    return ["position", *names, *(f"{part}.{name}" for name in sorted(turned) for part in ("cos", "sin"))]
+
+
+def block_returns(config: ModelConfig, layer: int) -> list[str]:
+    """What a block returns, named as ``BlockOutput.named`` does."""
+    shared = config.compressed and config.compressed.shared
+    there = {
+        "experts": config.is_moe(layer),
+        "selected": config.has_indexer(layer),
+        "candidates": bool(shared) and shared.keeps_candidates(layer),  # type: ignore[union-attr]
+        "pre": config.hyper is not None and config.hyper.single_pass,
+    }
+    rows = [tensor.name for tensor in state_tensors(config, layer)]
+    return ["hidden", *rows, *(name for name, is_there in there.items() if is_there)]
+
+
+def block_shares(config: ModelConfig, layer: int) -> dict[str, str]:
+    """What later layers read of a block: their name for it, and its own among what it returns and its state."""
+    own = [name for name in block_returns(config, layer) if name in ("hidden", "pre", "selected", "candidates")]
+    shares = {name: name for name in own}
+    if config.compressed and config.compressed.layers[layer] == FULL:
+        for name in ("entry", "index_key"):
+            shares |= {HELD + name: STATE + name, NEW + name: name}
+    return shares
+
+
+def _attention(config: ModelConfig, layer: int, storage: Storage, absorbed: bool) -> nn.Module:
+    c = config.compressed
+    if c is None:
+        return LatentAttention(config, storage, absorbed)
+    kinds = {WINDOW: WindowAttention, CSA: EntryAttention, HCA: EntryAttention}
+    return kinds.get(c.layers[layer], SharedEntryAttention)(config, layer, storage)
 
 
 class Block(nn.Module):
-    """Norm, attention, residual; norm, feed-forward, residual.
+    """Engram where there is any; norm, attention, residual; norm, feed-forward, residual.
 
     Args:
         config: the model.
@@ -97,10 +161,10 @@ class Block(nn.Module):
     ):
         super().__init__()
         c, dtype = config, storage.dtype
-        self.state_names = [tensor.name for tensor in state_tensors(c, layer)]
+        self.engram = EngramMemory(c, layer, storage) if c.has_engram(layer) else None
         self.attn_hc = HyperConnection(c) if c.hyper else Residual()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        self.self_attn = WindowAttention(c, layer, storage) if c.compressed else LatentAttention(c, storage, absorbed)
+        self.self_attn = _attention(c, layer, storage, absorbed)
         self.ffn_hc = HyperConnection(c) if c.hyper else Residual()
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
         self.routed = c.is_moe(layer)
@@ -119,17 +183,36 @@ class Block(nn.Module):
         selected_MK: torch.Tensor | None = None,
     ) -> BlockOutput:
         """One step of one block; ``chosen_MK`` overrules the router, ``selected_MK`` the indexer."""
-        inner, passing = self.attn_hc.enter(x)
-        attended = self.self_attn(self.input_layernorm(inner), shared, state, selected_MK)
-        x = self.attn_hc.leave(x, attended.output, *passing)
-        inner, passing = self.ffn_hc.enter(x)
-        normed, idx_MK = self.post_attention_layernorm(inner), None
+        x, remembered = self.remember(x, shared, state)
+        entered = self.attn_hc.enter(x, shared.get("pre"))
+        attended: Attended = self.self_attn(self.input_layernorm(entered.z_MD), shared, state, selected_MK)
+        x = self.attn_hc.leave(x, attended.output, *entered.passing)
+        entered = self.ffn_hc.enter(x, entered.pre_MX)
+        normed, idx_MK = self.post_attention_layernorm(entered.z_MD), None
         if self.routed:
             y_MD, idx_MK = self.mlp(normed, shared.get("input_ids"), chosen_MK)
         else:
             y_MD = self.mlp(normed)
-        rows = tuple(attended.rows[name] for name in self.state_names)
-        return BlockOutput(self.ffn_hc.leave(x, y_MD, *passing), rows, idx_MK, attended.selected)
+        hidden = self.ffn_hc.leave(x, y_MD, *entered.passing)
+        rows = attended.rows | remembered
+        return BlockOutput(hidden, rows, idx_MK, attended.selected, attended.candidates, entered.pre_MX)
+
+    def remember(
+        self, x: torch.Tensor, shared: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The hidden states with what Engram adds, and new rows of its state."""
+        if self.engram is None:
+            return x, {}
+        return self.engram(x, shared["engram"], shared["position"], state.get("engram"))
+
+    def entries(
+        self, x: torch.Tensor, shared: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """All that a layer that makes entries needs to do for tokens that are only remembered: its new rows."""
+        assert isinstance(self.self_attn, SharedEntryAttention)
+        x, remembered = self.remember(x, shared, state)
+        z_MD = self.attn_hc.enter(x, shared.get("pre")).z_MD
+        return self.self_attn.made(self.input_layernorm(z_MD), shared, state) | remembered
 
 
 class Head(nn.Module):
@@ -137,18 +220,34 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, storage: Storage = IN_FLOAT32):
         super().__init__()
-        if config.hyper:
+        if config.hyper and not config.hyper.single_pass:
             self.hc_head = HyperHead(config, config.hyper)
-        self.hidden_shape = config.hidden_shape
+        self.config, self.hidden_shape = config, config.hidden_shape
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, storage.dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, storage, plain=True)
 
-    def forward(self, hidden: torch.Tensor, logits_at_BQ: torch.Tensor) -> torch.Tensor:
-        """float32 [B, Q, V] of steps ``logits_at`` (0 .. S-1) of every sequence."""
-        (B, Q), width = logits_at_BQ.shape, math.prod(self.hidden_shape)
-        every_BSP = hidden.reshape(B, -1, width)
-        wanted = every_BSP.gather(1, logits_at_BQ[..., None].expand(-1, -1, width)).reshape(-1, *self.hidden_shape)
-        if len(self.hidden_shape) > 1:
+    def forward(
+        self, hidden: torch.Tensor, logits_at_BQ: torch.Tensor, pre_MX: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """float32 [B, Q, V] of steps ``logits_at`` (0 .. S-1) of every sequence; ``pre_MX`` where single-pass."""
+        (B, Q), h = logits_at_BQ.shape, self.config.hyper
+        wanted = _at(hidden, logits_at_BQ, self.hidden_shape)
+        if h and h.single_pass:
+            assert pre_MX is not None
+            wanted = collapse(wanted, _at(pre_MX, logits_at_BQ, (h.streams,)))
+        elif h:
             wanted = self.hc_head(wanted)
         logits_NV = self.lm_head(self.norm(wanted)).float()
         return logits_NV.reshape(B, Q, self.lm_head.weight.shape[0])
+
+
+def head_reads(config: ModelConfig) -> list[str]:
+    """What the head reads, in order."""
+    return ["hidden", "logits_at", *(["pre"] if config.hyper and config.hyper.single_pass else [])]
+
+
+def _at(values: torch.Tensor, logits_at_BQ: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Of values [M, *shape] of every token those that are wanted, [B*Q, *shape]."""
+    width = math.prod(shape)
+    every_BSP = values.reshape(logits_at_BQ.shape[0], -1, width)
+    return every_BSP.gather(1, logits_at_BQ[..., None].expand(-1, -1, width)).reshape(-1, *shape)

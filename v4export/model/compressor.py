@@ -37,8 +37,7 @@ class Compressor(nn.Module):
 
     def rows(self, x_MD: Tensor, B: int) -> Tensor:
         """What is kept of each new token, [key-value | gate], float32 [B, S, 2*halves*W]."""
-        both = torch.cat([self.kv_proj.in_float32(x_MD), self.gate_proj.in_float32(x_MD)], -1)
-        return both.reshape(B, -1, 2 * self.halves * self.width)
+        return projected(x_MD, B, self.kv_proj, self.gate_proj)
 
     def entries(self, rows_BSP: Tensor, ring_BRP: Tensor, position_B: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The entries [B, U, W] that the step may complete, normed and rotated.
@@ -51,5 +50,16 @@ class Compressor(nn.Module):
             sin: as ``cos``.
         """
         pooled_BUW = compress_tokens(rows_BSP, ring_BRP, self.position_bias, position_B, self.ratio, self.halves)
-        normed = self.kv_norm(pooled_BUW.to(self.dtype)).reshape(-1, 1, self.width)
-        return rotate_last(normed, cos, sin).reshape(position_B.shape[0], -1, self.width)
+        return rotate_entries(self.kv_norm(pooled_BUW.to(self.dtype)), cos, sin)
+
+
+def projected(x_MD: Tensor, B: int, *projections: Linear) -> Tensor:
+    """Projections of each new token side by side, float32 [B, S, ...]."""
+    both = torch.cat([one.in_float32(x_MD) for one in projections], -1)
+    return both.reshape(B, -1, both.shape[-1])
+
+
+def rotate_entries(entries_BUW: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Entries [B, U, W], their last channels rotated by cos and sin [1, B*U, R/2]."""
+    B, _, W = entries_BUW.shape
+    return rotate_last(entries_BUW.reshape(-1, 1, W), cos, sin).reshape(B, -1, W)

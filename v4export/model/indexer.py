@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from v4export.config import CSA, ModelConfig
+from v4export.config import ModelConfig
 from v4export.model.compressor import Compressor
 from v4export.model.linear import Linear, Storage
 from v4export.model.norm import LayerNorm
-from v4export.model.rope import rotate_first, rotate_last, rotation
+from v4export.model.rope import entry_rotation, rotate_first, rotate_last, rotation
 from v4export.plugins.index_select.op import index_select
 
 #: DeepSeek's own modelling code gives the key's norm this eps whatever ``rms_norm_eps`` says.
@@ -67,10 +67,10 @@ class Scorer(nn.Module):
 class EntryIndexer(Compressor):
     """DeepSeek-V4's: keys are compressed as entries are, and rotated on their last channels as entries are."""
 
-    def __init__(self, config: ModelConfig, storage: Storage):
-        index, compressed = config.indexer, config.compressed
-        assert index is not None and compressed is not None and config.q_lora_rank is not None
-        super().__init__(config, index.head_dim, compressed.ratio(CSA), 2, storage)
+    def __init__(self, config: ModelConfig, ratio: int, storage: Storage):
+        index = config.indexer
+        assert index is not None and config.q_lora_rank is not None
+        super().__init__(config, index.head_dim, ratio, 2, storage)
         self.index = index
         self.q_b_proj = Linear(config.q_lora_rank, index.num_heads * index.head_dim, storage)
         self.scorer = Scorer(config, index.num_heads, storage)
@@ -88,13 +88,13 @@ class EntryIndexer(Compressor):
         Args:
             x_MD: normed hidden states.
             low_MQ: normed low-rank queries.
-            shared: ``position``, and the rotations of tokens (``compressed``) and of entries (``csa``).
+            shared: ``position``, and the rotations of tokens and of entries.
             cache_BCI: keys of the entries held.
             ring_BRP: rows of earlier tokens.
         """
         index, position_B = self.index, shared["position"]
         rows_BSP = self.rows(x_MD, position_B.shape[0])
-        new_BUI = self.entries(rows_BSP, ring_BRP, position_B, *rotation(shared, CSA))
+        new_BUI = self.entries(rows_BSP, ring_BRP, position_B, *rotation(shared, entry_rotation(self.ratio)))
         q_MHI = self.q_b_proj(low_MQ).reshape(-1, index.num_heads, index.head_dim)
         q_MHI = rotate_last(q_MHI, *rotation(shared, "compressed"))
         weights_MH = self.scorer.weights_proj(x_MD).float()

@@ -7,12 +7,12 @@ into the query and V into the output lets attention run on the cached latents th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from v4export.config import ModelConfig
+from v4export.model.attended import Attended
 from v4export.model.indexer import TokenIndexer
 from v4export.model.linear import Linear, Storage
 from v4export.model.norm import RMSNorm
@@ -22,20 +22,6 @@ from v4export.plugins.sparse_latent_attention.op import sparse_latent_attention
 
 #: DeepSeek's own modelling code gives the two latent norms this eps whatever ``rms_norm_eps`` says.
 LATENT_NORM_EPS = 1e-6
-
-
-class Attended(NamedTuple):
-    """What an attention returns.
-
-    Attributes:
-        output: [M, D].
-        rows: new rows of each state tensor of the layer, by name.
-        selected: what an indexer selected, int64 [M, K], -1 where it selected nothing; None without an indexer.
-    """
-
-    output: Tensor
-    rows: dict[str, Tensor]
-    selected: Tensor | None = None
 
 
 class LatentAttention(nn.Module):

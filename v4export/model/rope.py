@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.onnx import ops as onnx_ops
 
-from v4export.config import CSA, HCA, WINDOW, ModelConfig, Yarn
+from v4export.config import ModelConfig, Yarn
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,26 @@ def rotations(config: ModelConfig) -> dict[str, Rotation]:
     """The rotations of a model, by name.
 
     ``main`` turns tokens; in compressed attention only those of window layers. ``compressed`` turns the tokens of
-    layers with entries, and ``csa`` and ``hca`` the entries themselves. DeepSeek-V4 uses YaRN's frequencies without
-    its magnitudes.
+    layers with entries, and others the entries themselves. DeepSeek-V4 uses YaRN's frequencies without its magnitudes.
     """
     c = config.compressed
     if c is None:
         magnitude = config.yarn.rotary_magnitude if config.yarn else 1.0
         return {"main": Rotation(config.rope_theta, config.yarn, magnitude=magnitude)}
-    found = {"main": Rotation(config.rope_theta, None), "compressed": Rotation(c.rope_theta, config.yarn)}
-    entries = {kind: Rotation(c.rope_theta, config.yarn, c.ratio(kind)) for kind in (CSA, HCA) if kind in c.layers}
-    used = {"main": WINDOW in c.layers, "compressed": bool(entries)}
-    return {name: one for name, one in found.items() if used[name]} | entries
+    found = {"main": Rotation(config.rope_theta, None)} if 0 in c.ratios else {}
+    for ratio in sorted({1, *c.ratios} - {0} if any(c.ratios) else ()):
+        found[entry_rotation(ratio)] = Rotation(c.rope_theta, config.yarn, ratio)
+    return found
+
+
+def token_rotation(config: ModelConfig, layer: int) -> str:
+    """Name of the rotation of a layer's tokens."""
+    return "compressed" if config.compressed and config.compressed.ratios[layer] else "main"
+
+
+def entry_rotation(ratio: int) -> str:
+    """Name of the rotation of entries that stand for so many tokens."""
+    return "compressed" if ratio == 1 else f"compressed.{ratio}"
 
 
 def angles(rotation: Rotation, width: int, position_B: torch.Tensor, S: int) -> tuple[torch.Tensor, torch.Tensor]:

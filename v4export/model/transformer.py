@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from v4export.config import ModelConfig
-from v4export.model.block import Block, Embed, Head
+from v4export.model.block import STATE, Block, Embed, Head, block_shares, head_reads
 from v4export.model.linear import IN_FLOAT32, Storage
 from v4export.state_contract import state_tensors
 
@@ -23,7 +23,7 @@ class Step(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """A mixture-of-experts decoder (DeepSeek V2, V3, V3.2 and V4, Kimi-K2)."""
+    """A mixture-of-experts decoder (DeepSeek V2, V3, V3.2, V4 and V4.1, Kimi-K2)."""
 
     def __init__(self, config: ModelConfig, storage: Storage = IN_FLOAT32, absorbed: bool = True):
         super().__init__()
@@ -42,6 +42,8 @@ class Transformer(nn.Module):
         position_B: torch.Tensor,
         state: Sequence[Mapping[str, torch.Tensor]],
         logits_at_BQ: torch.Tensor,
+        engram: Mapping[int, torch.Tensor] | None = None,
+        decoder_start_B: torch.Tensor | None = None,
     ) -> Step:
         """One step of any length over any number of cached tokens.
 
@@ -50,16 +52,56 @@ class Transformer(nn.Module):
             position_B: tokens already held by each sequence.
             state: per layer, its tensors (``v4export/state_contract.py``) by name.
             logits_at_BQ: which of the S new tokens' logits are wanted.
+            engram: by layer, what was looked up for each token, [B, S, W]; numbers of rows where tables are inside.
+            decoder_start_B: the first token that has passed the decoder of a model that has one; 0 unless given.
         """
+        x, shared = self.embed.shared(ids_BS, position_B, decoder_start_B)
+        rows, hidden = self._through(range(self.config.num_layers), x, shared, state, engram)
+        shared["logits_at"] = logits_at_BQ
+        return Step(self.head(*(shared[name] for name in head_reads(self.config))), rows, hidden)
+
+    def remember(
+        self,
+        ids_BS: torch.Tensor,
+        position_B: torch.Tensor,
+        state: Sequence[Mapping[str, torch.Tensor]],
+        engram: Mapping[int, torch.Tensor] | None = None,
+    ) -> list[dict[str, torch.Tensor]]:
+        """One step of tokens that are only to be remembered, of a model with a decoder; arguments as for ``forward``.
+
+        Returns:
+            New rows of the layers before the decoder, and what ``remembered`` says of its first layer's.
+        """
+        assert self.config.compressed and self.config.compressed.shared
+        decoder = self.config.compressed.shared.decoder
         x, shared = self.embed.shared(ids_BS, position_B)
+        rows, _ = self._through(range(decoder), x, shared, state, engram)
+        if self.config.has_engram(decoder) and engram is not None:
+            shared["engram"] = engram[decoder]
+        first: Block = self.layers[decoder]  # type: ignore[assignment]
+        return [*rows, first.entries(shared["hidden"], shared, state[decoder])]
+
+    def _through(
+        self,
+        layers: range,
+        x: torch.Tensor,
+        shared: dict[str, torch.Tensor],
+        state: Sequence[Mapping[str, torch.Tensor]],
+        engram: Mapping[int, torch.Tensor] | None,
+    ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
+        """New rows and hidden states of some layers; ``shared`` gains what they share."""
+        shared["hidden"] = x
         rows, hidden = [], []
-        for i, (layer, held) in enumerate(zip(self.layers, state, strict=True)):
-            out = layer(x, shared, held)
-            x = out.hidden
-            names = (tensor.name for tensor in state_tensors(self.config, i))
-            rows.append(dict(zip(names, out.rows, strict=True)))
-            hidden.append(x)
-        return Step(self.head(x, logits_at_BQ), rows, hidden)
+        for i in layers:
+            if self.config.has_engram(i):
+                assert engram is not None
+                shared["engram"] = engram[i]
+            out = self.layers[i](shared["hidden"], shared, state[i])
+            named = out.named() | {STATE + name: value for name, value in state[i].items()}
+            shared |= {name: named[own] for name, own in block_shares(self.config, i).items()}
+            rows.append({tensor.name: out.rows[tensor.name] for tensor in state_tensors(self.config, i)})
+            hidden.append(out.hidden)
+        return rows, hidden
 
 
 def empty_state(config: ModelConfig, layer: int, dtype: torch.dtype, batch: int = 1) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,9 @@ class Bundle:
             )
         try:
             config = read_config(manifest["config"]).first_layers(manifest["layers"])
-            return Bundle(folder, manifest, config, precision(manifest["precision"]))
+            if config.engram:
+                config = replace(config, engram=replace(config.engram, inside=manifest["engram_inside"]))
+            return Bundle(folder, manifest, config, precision(manifest["precision"], config))
         except (KeyError, TypeError) as error:
             raise BadInput(f"{folder / MANIFEST} is not whole", f"{error!r}", "build the bundle again") from error
 

@@ -6,13 +6,13 @@ Letters: B rows of the batch, S new tokens, Q positions whose logits are wanted,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from v4export.errors import BadInput
+from v4export.errors import BadInput, NotSupported
 from v4export.runtime.sampling import Sampler, Sampling
 from v4export.runtime.tokenizer import Tokenizer
 
@@ -20,16 +20,32 @@ FinishReason = Literal["stop", "length"]
 _SHORTEST_S = 1e-9  # the clock's step; keeps a rate finite
 
 
+#: Tokens [B, S] of a step that is yet to come, and how many of each row are real; None where all are.
+Coming = tuple[np.ndarray, np.ndarray | None]
+
+
 class Executor(Protocol):
-    """What runs the graph. ``max_seq_len`` is the most tokens that a row of its state can hold."""
+    """What runs the graph.
+
+    Attributes:
+        max_seq_len: the most tokens that a row of its state can hold.
+        tail: of a model with a decoder, how many of a prompt's last tokens have to pass it; else None.
+    """
 
     max_seq_len: int
+    tail: int | None
 
     def new_state(self, batch: int = 1) -> Any:
         """State that holds no tokens, for ``batch`` rows."""
 
     def step(
-        self, tokens_BS: np.ndarray, state: Any, *, logits_at_BQ: np.ndarray, lengths_B: np.ndarray | None = None
+        self,
+        tokens_BS: np.ndarray,
+        state: Any,
+        *,
+        logits_at_BQ: np.ndarray,
+        lengths_B: np.ndarray | None = None,
+        coming: Coming | None = None,
     ) -> np.ndarray:
         """Feeds tokens and advances the state in place.
 
@@ -38,10 +54,21 @@ class Executor(Protocol):
             state: from ``new_state``.
             logits_at_BQ: [B, Q] int64, each in [0, S): the new tokens whose logits are wanted. Q may be 0.
             lengths_B: [B] int64, each in [0, S]: by how many tokens each row advances; None advances all by S.
+            coming: the next step's tokens, where they are known, so that what they alone decide can be made ready.
 
         Returns:
             [B, Q, V] float32 logits; of a position that is padding, anything.
         """
+
+    def remember(
+        self,
+        tokens_BS: np.ndarray,
+        state: Any,
+        *,
+        lengths_B: np.ndarray | None = None,
+        coming: Coming | None = None,
+    ) -> None:
+        """The same without the decoder, and so without logits; only where there is a ``tail``."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +114,7 @@ def generate(
     sampler: Sampler,
     stop_ids: frozenset[int] = frozenset(),
     chunk: int = 512,
+    skip_decoder: bool = False,
 ) -> Iterator[Event]:
     """Generates for a batch of prompts of any lengths, one event a step, until every row has finished.
 
@@ -100,8 +128,11 @@ def generate(
         sampler: picks the tokens.
         stop_ids: tokens that finish their row.
         chunk: the most prompt tokens fed in one step.
+        skip_decoder: let all but the last tokens of a prompt pass only the layers before the decoder, which changes the
+            result a little.
 
     Raises:
+        NotSupported: the model has no decoder to skip.
         BadInput: a prompt is empty or longer than the executor holds, or a number is below 1. Raised by the call, not
             by the first event.
     """
@@ -117,8 +148,10 @@ def generate(
                 f"prompt {row} has {len(prompt)} tokens, max_seq_len is {executor.max_seq_len}",
                 "shorten the prompt, or build with a larger --max-seq-len",
             )
+    if skip_decoder and executor.tail is None:
+        raise NotSupported("this model has no decoder that prompts could skip", fix="leave --skip-decoder out")
     most = [min(max_new_tokens, executor.max_seq_len - len(prompt) + 1) for prompt in prompts]
-    return _loop(executor, prompts, most, sampler, stop_ids, chunk)
+    return _loop(executor, prompts, most, sampler, stop_ids, chunk, skip_decoder)
 
 
 def _loop(
@@ -128,11 +161,12 @@ def _loop(
     sampler: Sampler,
     stop_ids: frozenset[int],
     chunk: int,
+    skip_decoder: bool,
 ) -> Iterator[Event]:
     """``generate`` after its checks; ``most`` is how many new tokens each row may get."""
     batch = len(prompts)
     state = executor.new_state(batch)
-    logits_BV = _prefill(executor, state, prompts, chunk)
+    logits_BV = _prefill(executor, state, prompts, chunk, skip_decoder)
     finished: list[FinishReason | None] = [None] * batch
     step = 0
     while True:
@@ -158,28 +192,43 @@ def _loop(
         step += 1
 
 
-def _prefill(executor: Executor, state: Any, prompts: Sequence[Sequence[int]], chunk: int) -> np.ndarray:
+def _prefill(
+    executor: Executor, state: Any, prompts: Sequence[Sequence[int]], chunk: int, skip_decoder: bool
+) -> np.ndarray:
     """Feeds the prompts in chunks. Returns [B, V], the logits after each prompt's last token."""
-    lengths_B = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-    longest = int(lengths_B.max())
-    tokens_BS = np.zeros((len(prompts), longest), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        tokens_BS[row, : len(prompt)] = prompt
+    longest = max(map(len, prompts))
+    cuts = [max(0, len(prompt) - ((skip_decoder and executor.tail) or longest)) for prompt in prompts]
+    heads = [prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)]
+    tails = [prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)]
+    steps = [(False, *step) for step in _chunks(heads, chunk)] + [(True, *step) for step in _chunks(tails, chunk)]
+    following: list[Coming | None] = [(tokens_BS, lengths_B) for _, tokens_BS, lengths_B in steps[1:]]
+    left_B = np.array([len(one) for one in tails])
     last_B: list[Any] = [None] * len(prompts)
-    for start in range(0, longest, chunk):
-        width = min(chunk, longest - start)
-        new_B = np.clip(lengths_B - start, 0, width)
-        ends = np.flatnonzero((start < lengths_B) & (lengths_B <= start + width))
+    for (is_tail, tokens_BS, lengths_B), coming in zip(steps, [*following, None], strict=True):
+        if not is_tail:
+            executor.remember(tokens_BS, state, lengths_B=lengths_B, coming=coming)
+            continue
+        new_B = np.full(len(prompts), tokens_BS.shape[1]) if lengths_B is None else lengths_B
+        left_B = left_B - new_B
+        ends = np.flatnonzero((left_B == 0) & (new_B > 0))
         logits_at_BQ = np.maximum(new_B - 1, 0)[:, None] if len(ends) else np.zeros((len(prompts), 0), dtype=np.int64)
-        logits_BQV = executor.step(
-            tokens_BS[:, start : start + width],
-            state,
-            logits_at_BQ=logits_at_BQ,
-            lengths_B=None if (new_B == width).all() else new_B,
-        )
+        logits_BQV = executor.step(tokens_BS, state, logits_at_BQ=logits_at_BQ, lengths_B=lengths_B, coming=coming)
         for row in ends.tolist():
             last_B[row] = np.array(logits_BQV[row, 0])  # a copy: the executor may reuse its output buffer
     return np.stack(last_B)
+
+
+def _chunks(rows: Sequence[Sequence[int]], chunk: int) -> Iterator[Coming]:
+    """Rows of tokens side by side, so many of each at a time, padded on the right."""
+    lengths_B = np.array([len(row) for row in rows], dtype=np.int64)
+    longest = int(lengths_B.max())
+    tokens_BS = np.zeros((len(rows), longest), dtype=np.int64)
+    for b, row in enumerate(rows):
+        tokens_BS[b, : len(row)] = row
+    for start in range(0, longest, chunk):
+        width = min(chunk, longest - start)
+        new_B = np.clip(lengths_B - start, 0, width)
+        yield tokens_BS[:, start : start + width], None if (new_B == width).all() else new_B
 
 
 class StopStrings:
@@ -231,6 +280,8 @@ def run_text(
     stop_ids: frozenset[int] = frozenset(),
     ignore_eos: bool = False,
     chunk: int = 512,
+    skip_decoder: bool = False,
+    refused_ids: Mapping[int, str] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Completes one text.
@@ -240,6 +291,7 @@ def run_text(
         stop_strings: the text ends before the first of them.
         stop_ids: tokens that end the text, besides the tokenizer's end token.
         ignore_eos: go on after ``stop_ids`` and the end token; stop strings still count.
+        refused_ids: tokens that a prompt may not have, and why.
         on_text: called with each piece of text as it becomes certain; the pieces joined are the result's text.
 
     Raises:
@@ -249,6 +301,10 @@ def run_text(
         raise BadInput("the prompt is empty", "0 characters", "give a text to continue")
     start = time.monotonic()
     ids = tokenizer.encode(prompt)
+    for refused, why in (refused_ids or {}).items():
+        if refused in ids:
+            place = f"token {refused}, number {ids.index(refused)} of the prompt: {why}"
+            raise NotSupported("the prompt has a token that is not supported", place, "leave it out")
     ends = stop_ids if tokenizer.eos_id is None else stop_ids | {tokenizer.eos_id}
     stops, stream = StopStrings(stop_strings), tokenizer.stream()
     pieces: list[str] = []
@@ -266,6 +322,7 @@ def run_text(
         sampler=Sampler(sampling or Sampling()),
         stop_ids=frozenset() if ignore_eos else ends,
         chunk=chunk,
+        skip_decoder=skip_decoder,
     )
     tokens: list[int] = []
     reason: FinishReason = "length"

@@ -8,7 +8,7 @@ import numpy as np
 
 from v4export.config import ModelConfig
 from v4export.errors import BadInput
-from v4export.state_contract import StateTensor, state_tensors
+from v4export.state_contract import StateTensor, remembered, state_tensors
 
 _FIRST_CAPACITY = 256
 
@@ -20,11 +20,13 @@ class Buffer:
     Attributes:
         tensor: what it holds.
         array: [B, capacity, W], or [B, ring, W].
+        remembered: whether a step whose tokens do not pass the decoder returns rows of it, too.
         scratch: [B, U, W], for new rows that cannot be written in their places.
     """
 
     tensor: StateTensor
     array: np.ndarray
+    remembered: bool = True
     scratch: np.ndarray | None = None
 
     def grow(self, rows: int) -> None:
@@ -57,11 +59,15 @@ class State:
         layers: per layer, buffers by name.
         lengths_B: tokens held by each sequence.
         limit: most tokens a sequence may hold.
+        decoder_start_B: the first token of each sequence that has passed the decoder, in a model that has one.
+        history_BN: what a look-up needs to know of earlier tokens, in a model with Engram.
     """
 
     layers: list[dict[str, Buffer]]
     lengths_B: np.ndarray
     limit: int
+    decoder_start_B: np.ndarray
+    history_BN: np.ndarray | None = None
     _capacity: int = 0
     _steps: int = field(default=0)
 
@@ -69,12 +75,13 @@ class State:
     def empty(cls, config: ModelConfig, batch: int, dtype: np.dtype, limit: int) -> State:
         """A state that holds no token."""
 
-        def buffer(tensor: StateTensor) -> Buffer:
+        def buffer(tensor: StateTensor, layer: int) -> Buffer:
             kind = np.dtype(np.float32) if tensor.float32 else dtype
-            return Buffer(tensor, np.zeros((batch, tensor.ring or 1, tensor.width), kind))
+            array = np.zeros((batch, tensor.ring or 1, tensor.width), kind)
+            return Buffer(tensor, array, tensor in remembered(config, layer))
 
-        layers = [{t.name: buffer(t) for t in state_tensors(config, i)} for i in range(config.num_layers)]
-        state = cls(layers, np.zeros(batch, np.int64), limit)
+        layers = [{t.name: buffer(t, i) for t in state_tensors(config, i)} for i in range(config.num_layers)]
+        state = cls(layers, np.zeros(batch, np.int64), limit, np.zeros(batch, np.int64))
         state._grow(min(_FIRST_CAPACITY, limit))
         return state
 
@@ -144,17 +151,24 @@ class State:
     def _in_place(self, tensor: StateTensor) -> bool:
         return self.single and (tensor.ring is None or self._steps == 1)
 
-    def commit(self, lengths_B: np.ndarray) -> None:
-        """Take the rows that the first ``lengths`` new tokens of each sequence complete as held."""
+    def commit(self, lengths_B: np.ndarray, past_decoder: bool = True) -> None:
+        """Take the rows that the first ``lengths`` new tokens of each sequence complete as held.
+
+        Args:
+            lengths_B: how many tokens.
+            past_decoder: whether they have passed the decoder; if not, it knows of none before them either.
+        """
         after_B = self.lengths_B + lengths_B
         for buffer in self.buffers:
             tensor, scratch = buffer.tensor, buffer.scratch
-            if self._in_place(tensor):
+            if self._in_place(tensor) or not (past_decoder or buffer.remembered):
                 continue
             assert scratch is not None
             for b, (before, after) in enumerate(zip(self.lengths_B.tolist(), after_B.tolist(), strict=True)):
                 first = tensor.complete(before)
                 buffer.take(b, first, scratch[b, : tensor.complete(after) - first])
+        if not past_decoder:
+            self.decoder_start_B = np.where(lengths_B > 0, after_B, self.decoder_start_B)
         self.lengths_B = after_B
 
     def rows(self, layer: int, name: str, b: int) -> np.ndarray:

@@ -16,24 +16,29 @@ import torch
 
 from v4export.checkpoint.audit import Weight
 from v4export.config import ModelConfig
-from v4export.model.block import Block, BlockOutput, Embed, Head
+from v4export.model.block import STATE, Block, BlockOutput, Embed, Head, block_shares, head_reads
 from v4export.model.load import fill
 from v4export.model.moe import MixtureOfExperts
-from v4export.model.transformer import empty_state
 from v4export.precision import Precision
 from v4export.state_contract import StateTensor, state_tensors
 from v4export.verify import tolerance
 from v4export.verify.boundary import Boundary, judge, shown
 from v4export.verify.halves import Allowed, Errors, Watch, allowed, block_paths
+from v4export.verify.looked_up import EngramReference
 from v4export.verify.recording import Recording
 from v4export.verify.rounded import as_the_graph_holds, is_converted
 from v4export.verify.routing import Choices, compare_choices
-from v4export.verify.selection import IndexErrors, compare_selections
+from v4export.verify.selection import IndexErrors, compare_candidates, compare_selections
 
 
 def expected_boundaries(config: ModelConfig) -> int:
-    """How many boundaries a verification has: weights, embedding, logits; of each layer its output and its state."""
-    return 3 + sum(1 + len(state_tensors(config, layer)) for layer in range(config.num_layers))
+    """How many boundaries a verification has: weights, embedding, logits; of each layer its output and its state.
+
+    Where there are any, also of each layer what was looked up for it, and shares of the streams.
+    """
+    shares = config.num_layers if config.hyper and config.hyper.single_pass else 0
+    looked_up = sum(config.has_engram(layer) for layer in range(config.num_layers))
+    return 3 + shares + looked_up + sum(1 + len(state_tensors(config, i)) for i in range(config.num_layers))
 
 
 def compare(
@@ -42,10 +47,11 @@ def compare(
     precision: Precision,
     recordings: Sequence[Recording],
     advance: Callable[[Boundary], None] = lambda _: None,
+    token_map: np.ndarray | None = None,
 ) -> list[Boundary]:
-    """All boundaries in order; one layer's weights are in memory at a time."""
+    """All boundaries in order; one layer's weights are in memory at a time. Engram needs the tokenizer's map."""
     with torch.inference_mode():
-        comparison = _Comparison(weights, config, precision, recordings)
+        comparison = _Comparison(weights, config, precision, recordings, token_map)
         boundaries = []
         for boundary in comparison.run():
             advance(boundary)
@@ -59,6 +65,7 @@ class _Seen(NamedTuple):
     Attributes:
         hidden: [n, D] or [n, X, D].
         rows: that can still be seen, of each state tensor by name.
+        pre: shares of the streams in the next layer's input, [n, X], where single-pass.
         allowed: how far the graph may be off.
         choices: of experts, and of what an indexer selects.
         lost: relative difference that converting the weights causes.
@@ -67,6 +74,7 @@ class _Seen(NamedTuple):
 
     hidden: torch.Tensor
     rows: dict[str, torch.Tensor]
+    pre: torch.Tensor | None
     allowed: Allowed
     choices: tuple[Choices, ...]
     lost: float
@@ -75,15 +83,21 @@ class _Seen(NamedTuple):
 
 class _Comparison:
     def __init__(
-        self, weights: dict[str, Weight], config: ModelConfig, precision: Precision, recordings: Sequence[Recording]
+        self,
+        weights: dict[str, Weight],
+        config: ModelConfig,
+        precision: Precision,
+        recordings: Sequence[Recording],
+        token_map: np.ndarray | None,
     ) -> None:
         self.config, self.precision, self.recordings = config, precision, recordings
         self.exact = lambda name: torch.from_numpy(weights[name].decode())
         self.held = lambda name: torch.from_numpy(as_the_graph_holds(weights[name], precision))
+        self.engram = None if token_map is None else EngramReference(config, weights, precision, token_map)
         self.converted = any(is_converted(w, precision) for w in weights.values())
-        #: Hidden states of the free-running reference, and what all its blocks read, one for each recording.
-        self.free: list[torch.Tensor] = []
+        #: What blocks read, one for each recording: as the graph has it, and as the free-running reference has it.
         self.shared: list[dict[str, torch.Tensor]] = []
+        self.free: list[dict[str, torch.Tensor]] = []
 
     def run(self) -> Iterator[Boundary]:
         """Boundaries, one after another."""
@@ -96,17 +110,21 @@ class _Comparison:
         embed, exact = self._pair(lambda: Embed(self.config))
         found, wanted = [], []
         for r in self.recordings:
-            ids, start = torch.from_numpy(r.tokens)[None], torch.zeros(1, dtype=torch.int64)
-            hidden, shared = embed.shared(ids, start)
+            # Tokens ahead of them have not passed the decoder.
+            ids, start = torch.from_numpy(r.tokens)[None], torch.tensor([len(r.before)])
+            hidden, shared = embed.shared(ids, start, start)
             wanted.append(hidden)
             found.append(torch.from_numpy(r.hidden[-1]))
-            self.free.append(exact.shared(ids, start)[0])
-            self.shared.append(shared)
+            self.shared.append(shared | {"hidden": found[-1]})
+            free, shared = exact.shared(ids, start, start)
+            self.free.append(shared | {"hidden": free})
         # A look-up computes nothing: not a bit may differ.
         return judge("embedding", found, wanted, [w.norm(dim=-1) * 0 for w in wanted], "exact: a look-up")
 
     def _layer(self, layer: int) -> Iterator[Boundary]:
         c, p = self.config, self.precision
+        if c.has_engram(layer):
+            yield self._looked_up(layer)
         block, exact = self._pair(lambda: Block(c, layer, absorbed=False), layer)
         paths = block_paths(c, layer, max(len(r.tokens) for r in self.recordings))
         errors = Errors.of(paths, p)
@@ -125,14 +143,31 @@ class _Comparison:
             selective=(selective, sum(len(s.hidden) for s in seen)) if selective else None,
             wrong=shown([f"sequence {i}, {line}" for i, one in choices for line in one.wrong]),
         )
+        shares = [s.pre for s in seen if s.pre is not None]
+        if shares:
+            limits = [s.allowed.pre * pre.norm(dim=-1) for s, pre in zip(seen, shares, strict=True)]
+            found = [torch.from_numpy(r.pre[layer]) for r in self.recordings]
+            yield judge(f"layer {layer} shares of streams", found, shares, limits, "as the coefficients of the layer")
         for tensor in state_tensors(c, layer):
             yield self._rows(layer, tensor.name, seen)
+
+    def _looked_up(self, layer: int) -> Boundary:
+        """What the graph was given of an Engram table: not a bit may differ from the checkpoint's rows."""
+        assert self.engram is not None
+        found, wanted = [], []
+        for r in self.recordings:
+            found.append(torch.from_numpy(r.engram[layer]).float())
+            wanted.append(torch.from_numpy(self.engram.rows(layer, r.before, r.tokens)).float())
+        none = [w.norm(dim=-1) * 0 for w in wanted]
+        return judge(f"layer {layer} engram rows", found, wanted, none, "exact: a look-up")
 
     def _rows(self, layer: int, name: str, seen: Sequence[_Seen]) -> Boundary:
         """The rows of one state tensor that can still be seen at the end."""
         path = tolerance.row_path(self.config, layer, name)
-        found = [torch.from_numpy(r.state[layer, name]) for r in self.recordings]
         wanted = [s.rows[name] for s in seen]
+        # Rows of tokens that are not recorded come first, if they can still be seen.
+        pairs = zip(self.recordings, wanted, strict=True)
+        found = [torch.from_numpy(r.state[layer, name])[len(r.state[layer, name]) - len(w) :] for r, w in pairs]
         limits = [self._with_input(path, s.allowed) * s.rows[name].norm(dim=-1) for s in seen]
         called = f"layer {layer} {self._called(layer, name)}"
         return judge(called, found, wanted, limits, path.derivation(self.precision))
@@ -154,17 +189,23 @@ class _Comparison:
     def _one(self, block: Block, exact: Block, layer: int, i: int, errors: Errors) -> _Seen:
         """One layer of one recording: fed by the graph, and free-running."""
         r, c = self.recordings[i], self.config
-        x = torch.from_numpy(r.hidden[layer - 1])
+        shared, free = self.shared[i], self.free[i]
+        x, pre = shared["hidden"], shared.get("pre")
+        if c.has_engram(layer):
+            for one in (shared, free):
+                one["engram"] = torch.from_numpy(r.engram[layer])[None]
         choice = (r.experts.get(layer), r.selected.get(layer))
         taken, selected = (None if one is None else torch.from_numpy(one) for one in choice)
 
-        def step(one: Block, x: torch.Tensor) -> BlockOutput:
+        held = {t.name: torch.from_numpy(r.held[layer, t.name])[None] for t in state_tensors(c, layer)}
+
+        def step(one: Block, given: dict[str, torch.Tensor]) -> BlockOutput:
             """The whole sequence at once over an empty state: neither chunks nor decode, nor absorbed attention."""
-            return one(x, self.shared[i], empty_state(c, layer, torch.float32), taken, selected)
+            return one(given["hidden"], given, held, taken, selected)
 
         with Watch(block) as watch:
-            out = step(block, x)
-        limits = allowed(block, x, watch, errors)
+            out = step(block, shared)
+        limits = allowed(block, x, watch, errors, pre)
         choices = []
         if taken is not None:
             assert isinstance(block.mlp, MixtureOfExperts)
@@ -172,21 +213,47 @@ class _Comparison:
             ids = torch.from_numpy(r.tokens)
             choices.append(compare_choices(block.mlp.gate, c, watch.router_input, taken, relative, ids))
         if selected is not None and watch.index is not None:
-            choices.append(compare_selections(watch.index, selected, self._index_errors(layer, limits)))
-        lost = _relative(out.hidden, step(exact, x).hidden) if self.converted else 0.0
-        self.free[i] = step(exact, self.free[i]).hidden
-        carried = _relative(torch.from_numpy(r.hidden[layer]), self.free[i])
-        new = zip(state_tensors(c, layer), out.rows, strict=True)
-        rows = {tensor.name: _visible(tensor, every[0], len(r.tokens)) for tensor, every in new}
-        return _Seen(out.hidden, rows, limits, tuple(choices), lost, carried)
+            of_index = self._index_errors(layer, limits)
+            choices.append(compare_selections(watch.index, selected, of_index))
+            if layer in r.candidates:
+                kept = torch.from_numpy(r.candidates[layer])
+                choices.append(compare_candidates(watch.index, kept, of_index))
+        lost = _relative(out.hidden, step(exact, shared).hidden) if self.converted else 0.0
+        ran = step(exact, free)
+        self._share(layer, free, ran.named(), held)
+        self._share(layer, shared, self._recorded(layer, r, out), held)
+        carried = _relative(shared["hidden"], free["hidden"])
+        rows = {t.name: _visible(t, out.rows[t.name][0], r) for t in state_tensors(c, layer)}
+        return _Seen(out.hidden, rows, out.pre, limits, tuple(choices), lost, carried)
+
+    def _share(
+        self, layer: int, shared: dict[str, torch.Tensor], named: dict[str, torch.Tensor],
+        state: dict[str, torch.Tensor],
+    ) -> None:  # fmt: skip
+        """Let later layers have what a layer shares."""
+        named = named | {STATE + name: value for name, value in state.items()}
+        shared |= {name: named[own] for name, own in block_shares(self.config, layer).items()}
+
+    def _recorded(self, layer: int, r: Recording, out: BlockOutput) -> dict[str, torch.Tensor]:
+        """What the graph itself returned from a layer; what nobody reads of it, as the reference has it.
+
+        An entry that is not complete is seen by no token, and is not recorded.
+        """
+        fields = {"hidden": r.hidden, "selected": r.selected, "candidates": r.candidates, "pre": r.pre}
+        found = {name: torch.from_numpy(by_layer[layer]) for name, by_layer in fields.items() if layer in by_layer}
+        for name in set(block_shares(self.config, layer).values()) & out.rows.keys():
+            rows, new = r.state[layer, name][len(r.held[layer, name]) :], out.rows[name]
+            found[name] = torch.nn.functional.pad(torch.from_numpy(rows)[None], (0, 0, 0, new.shape[1] - len(rows)))
+        return found
 
     def _index_errors(self, layer: int, limits: Allowed) -> IndexErrors:
-        paths = (
-            tolerance.index_query_path(self.config),
-            tolerance.row_path(self.config, layer, "index_key"),
-            tolerance.index_weight_path(self.config),
+        """Of keys that another layer made, the reference has the graph's own."""
+        makes_keys = any(t.name == "index_key" for t in state_tensors(self.config, layer))
+        return IndexErrors(
+            self._with_input(tolerance.index_query_path(self.config), limits),
+            self._with_input(tolerance.row_path(self.config, layer, "index_key"), limits) if makes_keys else 0.0,
+            self._with_input(tolerance.index_weight_path(self.config), limits),
         )
-        return IndexErrors(*(self._with_input(path, limits) for path in paths))
 
     def _experts(self, layer: int) -> tuple[int, int] | None:
         if not self.config.is_moe(layer):
@@ -195,14 +262,16 @@ class _Comparison:
         return len(taken), self.config.num_experts
 
     def _head(self) -> Boundary:
-        head, exact = self._pair(lambda: Head(self.config))
-        path = tolerance.head_path(self.config)
+        c = self.config
+        head, exact = self._pair(lambda: Head(c))
+        path = tolerance.head_path(c)
         found, wanted, carried = [], [], []
-        for r, free in zip(self.recordings, self.free, strict=True):
-            at = torch.arange(len(r.tokens))[None]
-            wanted.append(head(torch.from_numpy(r.hidden[self.config.num_layers - 1]), at)[0])
+        for r, shared, free in zip(self.recordings, self.shared, self.free, strict=True):
+            at = {"logits_at": torch.arange(len(r.tokens))[None]}
+            given, ran = ([one[name] for name in head_reads(c)] for one in (shared | at, free | at))
+            wanted.append(head(*given)[0])
             found.append(torch.from_numpy(r.logits))
-            carried.append(_relative(found[-1], exact(free, at)[0]))
+            carried.append(_relative(found[-1], exact(*ran)[0]))
         limits = [tolerance.CONFIDENCE * path.error(self.precision) * w.norm(dim=-1) for w in wanted]
         return judge("logits", found, wanted, limits, path.derivation(self.precision)).also(carried=max(carried))
 
@@ -217,10 +286,11 @@ class _Comparison:
         return held, exact
 
 
-def _visible(tensor: StateTensor, new: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Of all rows of a sequence that began with nothing, those that can still be seen at its end."""
-    complete = tensor.complete(tokens)
-    return new[max(0, complete - (tensor.ring or complete)) : complete]
+def _visible(tensor: StateTensor, new: torch.Tensor, recording: Recording) -> torch.Tensor:
+    """Of the new rows of a recording's tokens, those that can still be seen at its end."""
+    start = len(recording.before)
+    first, complete = tensor.complete(start), tensor.complete(start + len(recording.tokens))
+    return new[max(first, complete - (tensor.ring or complete)) - first : complete - first]
 
 
 def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -4,7 +4,9 @@ A half takes an input z collapsed from the streams, computes y = F(z), and joins
 
     z = sum_j pre_j x_j        x'_k = post_k y + sum_j comb[j, k] x_j
 
-A residual connection is the same with one stream and all coefficients 1. What a half adds is held to its own size,
+A residual connection is the same with one stream and all coefficients 1. Where it goes by the shares pre that the half
+before it computed (single-pass), their errors are of that half, and of the first none. What Engram adds ahead of both
+is an error of all streams from the start. What a half adds is held to its own size,
 post_k |y|, and not to the stream's, so that a wrong small branch cannot hide behind a large stream. An error of x'
 relative to all streams moves the coefficients of the next half by as much as the rows of its projection are long, and
 z by pre_j for each stream; and it passes through comb. Errors are norms of a token's vector.
@@ -25,6 +27,7 @@ from v4export.model.norm import unit_rms
 from v4export.model.residual import Residual
 from v4export.precision import Precision
 from v4export.verify import tolerance
+from v4export.verify.selection import Indexed
 
 _SMALLEST = 1e-30
 
@@ -38,6 +41,7 @@ class Errors(NamedTuple):
     collapse: float
     coefficients: float
     sinkhorn: float
+    engram: float = 0.0
 
     @classmethod
     def of(cls, paths: Sequence[tolerance.Path], precision: Precision) -> Errors:
@@ -46,12 +50,13 @@ class Errors(NamedTuple):
 
 
 def block_paths(config: ModelConfig, layer: int, tokens: int) -> list[tolerance.Path]:
-    """What limits of a block come from, in the order of ``Errors``; the last three are of hyper-connections alone."""
+    """What limits of a block come from, in the order of ``Errors``; those it does not have are nameless."""
     return [
         tolerance.attention_path(config, layer, tokens),
         tolerance.feed_forward_path(config, layer),
         tolerance.RESIDUAL,
         *tolerance.hyper_paths(config),
+        tolerance.engram_path(config, layer),
     ]
 
 
@@ -62,11 +67,13 @@ class Allowed(NamedTuple):
         hidden: norms, [n], or [n, X] with hyper-connections.
         attention_input: relative error of the attention's input, [n].
         router_input: relative error of the router's input, [n].
+        pre: error of a share of the streams in the next layer's input, relative to it, [n].
     """
 
     hidden: torch.Tensor
     attention_input: torch.Tensor
     router_input: torch.Tensor
+    pre: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -90,20 +97,22 @@ class _Join:
     passing: tuple[torch.Tensor, ...]
 
 
-def _join(connection: Any, x: torch.Tensor) -> _Join:
-    z, passing = connection.enter(x)
+def _join(connection: Any, x: torch.Tensor, pre: torch.Tensor | None) -> _Join:
+    z, passing, _ = connection.enter(x, pre)
     if isinstance(connection, Residual):
         one = torch.ones(len(x), 1)
         return _Join(one, one, one[..., None], 0.0, z, passing)
     h, X, (post, comb) = connection, x.shape[1], passing
-    mixes = unit_rms(x.flatten(1), h.norm_eps) @ h.fn[:X].T
-    pre = torch.sigmoid(mixes * h.scale[0] + h.base[:X]) + h.hyper.eps
+    if not h.hyper.single_pass:
+        mixes = unit_rms(x.flatten(1), h.norm_eps) @ h.fn[:X].T
+        pre = torch.sigmoid(mixes * h.scale[0] + h.base[:X]) + h.hyper.eps
+    assert pre is not None
     scales = h.scale.abs().repeat_interleave(torch.tensor([X, X, X * X]))
     # Half of it passes a sigmoid, whose relative slope at 0 that is.
     return _Join(pre, post, comb, float((h.fn.norm(dim=-1) * scales).max()) / 2, z, passing)
 
 
-def allowed(block: Block, x: torch.Tensor, watch: Watch, errors: Errors) -> Allowed:
+def allowed(block: Block, x: torch.Tensor, watch: Watch, errors: Errors, pre: torch.Tensor | None = None) -> Allowed:
     """How far a block's output may be off, its input being exact.
 
     Args:
@@ -111,21 +120,64 @@ def allowed(block: Block, x: torch.Tensor, watch: Watch, errors: Errors) -> Allo
         x: its input, [n, D] or [n, X, D].
         watch: what its halves returned for ``x``.
         errors: relative, of its parts.
+        pre: shares of the streams in its input, where single-pass.
     """
-    error_nX, inputs = torch.zeros(len(x), x.shape[1] if x.dim() > 2 else 1), []
-    for connection, y, own in (
-        (block.attn_hc, watch.attended, errors.attention),
-        (block.ffn_hc, watch.fed, errors.feed_forward),
+    shape = (len(x), x.shape[1] if x.dim() > 2 else 1)
+    error_nX, inputs, of_pre = torch.zeros(shape), [], torch.zeros(len(x))
+    if block.engram is not None:
+        added = (watch.remembered - x).norm(dim=-1).reshape(shape)
+        x = watch.remembered
+        stored = errors.residual * x.norm(dim=-1).reshape(shape)
+        error_nX = torch.stack([errors.engram * added, _of_gates(watch, errors.engram), stored]).norm(dim=0)
+    for connection, y, own, seen in (
+        (block.attn_hc, watch.attended, errors.attention, pre),
+        (block.ffn_hc, watch.fed, errors.feed_forward, watch.pre),
     ):
-        of_z, x, error_nX = _half(connection, x, error_nX, y, own, errors)
-        inputs.append(of_z)
-    return Allowed(error_nX if x.dim() > 2 else error_nX[:, 0], *inputs)
+        half = _half(connection, x, error_nX, y, own, errors, (seen, of_pre))
+        x, error_nX, of_pre = half.left, half.error_nX, half.coefficients
+        inputs.append(half.of_z)
+    of_attention, of_router = inputs
+    return Allowed(error_nX if x.dim() > 2 else error_nX[:, 0], of_attention, of_router, of_pre)
+
+
+def _of_gates(watch: Watch, error: float) -> torch.Tensor:
+    """How far Engram's gates may move what they let through, [n, X].
+
+    An error of relative size e in a key, in a direction that has nothing to do with the stream, moves their product g
+    by e times the root mean square of the weighted stream. The root of g moves by much more where g is small.
+    """
+    streams, keys, value, q_weight, k_weight, eps = watch.gated
+    scaled = unit_rms(streams, eps) * q_weight * k_weight
+    g = (scaled * unit_rms(keys, eps)).sum(-1) / streams.shape[-1] ** 0.5
+    moved = error * scaled.square().mean(-1).sqrt()
+
+    def gate(of: torch.Tensor) -> torch.Tensor:
+        root = of.abs().clamp_min(1e-6).sqrt()
+        return torch.sigmoid(torch.where(of < 0, -root, root))
+
+    off = torch.maximum((gate(g + moved) - gate(g)).abs(), (gate(g - moved) - gate(g)).abs())
+    return off * value.norm(dim=-1, keepdim=True)
+
+
+class _Half(NamedTuple):
+    """Relative errors of a half's input and coefficients, [n]; the streams it leaves, and norms of their errors."""
+
+    of_z: torch.Tensor
+    coefficients: torch.Tensor
+    left: torch.Tensor
+    error_nX: torch.Tensor
 
 
 def _half(
-    connection: Any, x: torch.Tensor, error_nX: torch.Tensor, y: torch.Tensor, own: float, errors: Errors
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Through one half: the relative error of its input z, [n]; the streams it leaves, and their errors' norms, [n, X].
+    connection: Any,
+    x: torch.Tensor,
+    error_nX: torch.Tensor,
+    y: torch.Tensor,
+    own: float,
+    errors: Errors,
+    before: tuple[torch.Tensor | None, torch.Tensor],
+) -> _Half:
+    """Through one half.
 
     Args:
         connection: that joins the half to the streams.
@@ -134,12 +186,15 @@ def _half(
         y: what it returned.
         own: relative error that its own path allows.
         errors: of the connection.
+        before: shares of the streams that the half before computed, and their relative error, [n].
     """
-    join, size_nX = _join(connection, x), x.norm(dim=-1).reshape(error_nX.shape)
+    pre, of_pre = before
+    join, size_nX = _join(connection, x, pre), x.norm(dim=-1).reshape(error_nX.shape)
     moved = error_nX.norm(dim=-1) / size_nX.norm(dim=-1).clamp_min(_SMALLEST)
     coefficients = _hypot(errors.sinkhorn, join.sensitivity * _hypot(errors.coefficients, moved))
+    of_pre = coefficients if pre is None else of_pre
     # Coefficients' errors are independent. Streams share that of what the half before added to them all, and add up.
-    collapsed = _hypot((join.pre * error_nX).sum(-1), coefficients * (join.pre * size_nX).norm(dim=-1))
+    collapsed = _hypot((join.pre * error_nX).sum(-1), of_pre * (join.pre * size_nX).norm(dim=-1))
     of_z = _hypot(errors.collapse, collapsed / join.z.norm(dim=-1).clamp_min(_SMALLEST))
     added = join.post * y.norm(dim=-1, keepdim=True)
     mixed = (join.comb * size_nX[..., None]).norm(dim=-2)
@@ -150,7 +205,7 @@ def _half(
         coefficients[:, None] * _hypot(added, mixed),
         errors.residual * left.norm(dim=-1).reshape(error_nX.shape),
     )
-    return of_z, left, torch.stack(parts).norm(dim=0)
+    return _Half(of_z, coefficients, left, torch.stack(parts).norm(dim=0))
 
 
 def _hypot(a: float | torch.Tensor, b: float | torch.Tensor) -> torch.Tensor:
@@ -161,21 +216,31 @@ class Watch(TorchFunctionMode):
     """Listens to a block while it runs: what its halves return, what its router sees, and what its indexer scores.
 
     Attributes:
+        remembered: the streams with what Engram adds, where there is any.
+        gated: the arguments of its gates.
         attended: output of the attention, [n, D].
+        pre: shares of the streams in the feed-forward half's input, where single-pass.
         router_input: [n, D].
         fed: output of the feed-forward half, [n, D].
-        index: the arguments of the last ``index_select``; None without an indexer.
+        index: what the indexer scored; None without one.
     """
 
+    remembered: torch.Tensor
+    gated: tuple[Any, ...]
     attended: torch.Tensor
     router_input: torch.Tensor
     fed: torch.Tensor
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self._block, self.index = block, None
+        self._block = block
+        self.index: Indexed | None = None
+        self.pre: torch.Tensor | None = None
 
     def __enter__(self) -> Watch:
+        def engram(_m: object, _i: object, out: Any) -> None:
+            self.remembered = out[0]
+
         def attention(_m: object, _i: object, out: Any) -> None:
             self.attended = out.output
 
@@ -183,10 +248,8 @@ class Watch(TorchFunctionMode):
             self.router_input = inputs[0]
             self.fed = out[0] if isinstance(out, tuple) else out
 
-        self._hooks = [
-            self._block.self_attn.register_forward_hook(attention),
-            self._block.mlp.register_forward_hook(feed_forward),
-        ]
+        listened = [(self._block.self_attn, attention), (self._block.mlp, feed_forward), (self._block.engram, engram)]
+        self._hooks = [module.register_forward_hook(hook) for module, hook in listened if module is not None]
         super().__enter__()
         return self
 
@@ -196,6 +259,16 @@ class Watch(TorchFunctionMode):
             hook.remove()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.v4.index_select.default:
-            self.index = args
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        name = _OPS.get(function)
+        if name == "engram_gating":
+            self.gated = args
+        elif name == "hyper_coefficients":
+            self.pre = result[0] if self.pre is None else self.pre  # the attention half runs first
+        elif name:
+            self.index = Indexed.of(name, args)
+        return result
+
+
+_WATCHED = ("index_select", "candidate_select", "index_reselect", "hyper_coefficients", "engram_gating")
+_OPS = {getattr(torch.ops.v4, name).default: name for name in _WATCHED}

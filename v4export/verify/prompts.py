@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from v4export.config import CSA, HCA, ModelConfig
+from v4export.config import ModelConfig
 from v4export.errors import BadInput
 from v4export.runtime.tokenizer import load_tokenizer
 
@@ -38,8 +38,7 @@ def prompt_lengths(config: ModelConfig, limit: int) -> list[int]:
     """Tokens of the prompts for a model, none longer than ``limit``."""
     lengths = set(LENGTHS)
     if config.compressed:
-        used = set(config.compressed.layers) & {CSA, HCA}
-        lengths.add(max([config.compressed.window, *(2 * config.compressed.ratio(kind) for kind in used)]) + BEYOND)
+        lengths.add(max([config.compressed.window, *(2 * ratio for ratio in config.compressed.ratios)]) + BEYOND)
     return sorted({min(n, limit) for n in lengths if limit > 0})
 
 
@@ -59,6 +58,7 @@ def default_prompts(folder: Path, config: ModelConfig, limit: int, seed: int = 0
         tokens = [t for t in load_tokenizer(folder).encode(_TEXT) if t < vocab_size]
     missing = sum(lengths) - len(tokens)
     if missing > 0:
-        tokens += rng.integers(0, vocab_size, missing).tolist()
+        some = rng.integers(0, vocab_size, missing)
+        tokens += np.where(some == config.image_token_id, 0, some).tolist()
     starts = np.cumsum([0, *lengths])
     return [tokens[start : start + n] for start, n in zip(starts, lengths, strict=False)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from v4export.config import ModelConfig
-from v4export.graphs.stamp import experts_name, hidden_name, selected_name
+from v4export.graphs.stamp import candidates_name, engram_name, experts_name, hidden_name, selected_name, shares_name
 from v4export.runtime.generate import Executor
 from v4export.runtime.state import State
 from v4export.state_contract import state_tensors
@@ -23,45 +23,76 @@ class TappedExecutor(Executor, Protocol):
 
 @dataclass(frozen=True)
 class Recording:
-    """What one sequence of n tokens left at every boundary.
+    """What n tokens of one sequence left at every boundary.
 
     Attributes:
         tokens: int64 [n], the prompt and the tokens that were decoded after it.
-        prompt: how many of them were prefilled.
+        before: int64, tokens that were only remembered ahead of them, without passing the decoder.
+        held: by layer and name, what the graph then held of each state tensor, float32 [rows, W], rings as they are.
         hidden: by layer, -1 the embedding: float32 [n, D], or [n, X, D] with hyper-connections.
         experts: by routed layer: int64 [n, K].
         selected: by layer with an indexer: int64 [n, K], -1 for none; K is the largest of all steps.
+        candidates: by layer that keeps blocks of entries for others: the same of blocks.
+        pre: by layer, -1 the embedding, where single-pass: shares of the streams, float32 [n, X].
+        engram: by layer with Engram: what was looked up for it, float32 [n, W] or int64 numbers of rows [n, K].
         state: by layer and name: the rows that can still be seen, oldest first, float32 [rows, W].
         logits: float32 [n, V].
     """
 
     tokens: np.ndarray
-    prompt: int
+    before: np.ndarray
+    held: dict[tuple[int, str], np.ndarray]
     hidden: dict[int, np.ndarray]
     experts: dict[int, np.ndarray]
     selected: dict[int, np.ndarray]
+    candidates: dict[int, np.ndarray]
+    pre: dict[int, np.ndarray]
+    engram: dict[int, np.ndarray]
     state: dict[tuple[int, str], np.ndarray]
     logits: np.ndarray
 
 
-def indexed_layers(config: ModelConfig) -> list[int]:
-    """The layers in which an indexer selects what is attended to."""
-    return [i for i in range(config.num_layers) if "index_key" in {t.name for t in state_tensors(config, i)}]
+def _recorded(config: ModelConfig) -> dict[str, tuple[Callable[[int], str], list[int]]]:
+    """What is recorded: by field of ``Recording``, how its values are called in the graph, and of which layers."""
+    c, layers = config.compressed, range(config.num_layers)
+    shared = c.shared if c else None
+    single_pass = config.hyper is not None and config.hyper.single_pass
+    return {
+        "hidden": (hidden_name, [-1, *layers]),
+        "experts": (experts_name, list(config.moe_layers)),
+        "selected": (selected_name, [i for i in layers if config.has_indexer(i)]),
+        "candidates": (candidates_name, [i for i in layers if shared and shared.keeps_candidates(i)]),
+        "pre": (shares_name, [-1, *layers] if single_pass else []),
+        "engram": (engram_name, [i for i in layers if config.has_engram(i)]),
+    }
 
 
 def tap_names(config: ModelConfig) -> list[str]:
-    """The values inside the graph that a recording needs."""
-    hidden = [hidden_name(i) for i in range(-1, config.num_layers)]
-    chosen = [experts_name(i) for i in config.moe_layers]
-    return hidden + chosen + [selected_name(i) for i in indexed_layers(config)]
+    """The values inside the graph that a recording needs; what is looked up, the executor itself gives to it."""
+    fields = _recorded(config)
+    return [name(i) for field, (name, layers) in fields.items() if field != "engram" for i in layers]
 
 
 def record(
-    executor: TappedExecutor, config: ModelConfig, prompts: Sequence[Sequence[int]], *, chunk: int, decode: int
+    executor: TappedExecutor,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    chunk: int,
+    decode: int,
+    remembered: int = 0,
 ) -> list[Recording]:
-    """Run prompts as one batch: prefill in chunks of ``chunk`` tokens, then decode ``decode`` tokens greedily."""
+    """Run prompts as one batch: prefill in chunks of ``chunk`` tokens, then decode ``decode`` tokens greedily.
+
+    The first ``remembered`` tokens of each do not pass the decoder, and are not recorded.
+    """
     B = len(prompts)
     state = executor.new_state(B)
+    before, prompts = [prompt[:remembered] for prompt in prompts], [prompt[remembered:] for prompt in prompts]
+    for start in range(0, remembered, chunk):
+        pieces = np.array([prompt[start : start + chunk] for prompt in before], np.int64)
+        executor.remember(pieces, state)
+    held = [_held(config, state, b) for b in range(B)]
     tokens = [list(prompt) for prompt in prompts]
     kept: list[dict[str, list[np.ndarray]]] = [{} for _ in prompts]
 
@@ -86,29 +117,53 @@ def record(
             newest = next(v for v in reversed(values["logits"]) if len(v))
             row.append(int(newest[-1].argmax()))
         run([row[-1:] for row in tokens])
-    return [_recording(config, tokens[b], len(prompts[b]), kept[b], state, b) for b in range(B)]
+    ends = [_rows(config, state, b) for b in range(B)]
+    return [_recording(config, tokens[b], before[b], held[b], kept[b], ends[b]) for b in range(B)]
+
+
+def _held(config: ModelConfig, state: State, b: int) -> dict[tuple[int, str], np.ndarray]:
+    """Every state tensor of a sequence as the graph reads it."""
+    return {
+        (i, t.name): (buffer := state.layers[i][t.name])
+        .array[b, : buffer.array.shape[1] if t.ring else t.complete(int(state.lengths_B[b]))]
+        .astype(np.float32)
+        for i in range(config.num_layers)
+        for t in state_tensors(config, i)
+    }
+
+
+def _rows(config: ModelConfig, state: State, b: int) -> dict[tuple[int, str], np.ndarray]:
+    """Its rows that can still be seen."""
+    layers = range(config.num_layers)
+    return {(i, t.name): state.rows(i, t.name, b).astype(np.float32) for i in layers for t in state_tensors(config, i)}
 
 
 def _recording(
-    config: ModelConfig, tokens: list[int], prompt: int, pieces: dict[str, list[np.ndarray]], state: State, b: int
+    config: ModelConfig,
+    tokens: Sequence[int],
+    before: Sequence[int],
+    held: dict[tuple[int, str], np.ndarray],
+    pieces: dict[str, list[np.ndarray]],
+    rows: dict[tuple[int, str], np.ndarray],
 ) -> Recording:
-    layers = range(config.num_layers)
+    found: dict[str, Any] = {}
+    for field, (name, which) in _recorded(config).items():
+        # What is no longer needed in pieces is dropped.
+        found[field] = {i: _JOINED.get(field, _narrow)(pieces.pop(name(i))) for i in which}
+    ids, earlier = (np.array(some, np.int64) for some in (tokens, before))
+    return Recording(ids, earlier, held, **found, state=rows, logits=np.concatenate(pieces["logits"]))
 
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate(pieces.pop(name))  # no longer needed one by one
 
-    return Recording(
-        np.array(tokens, np.int64),
-        prompt,
-        {i: joined(hidden_name(i)).astype(np.float32, copy=False) for i in (-1, *layers)},
-        {i: joined(experts_name(i)) for i in config.moe_layers},
-        {i: _widest(pieces.pop(selected_name(i))) for i in indexed_layers(config)},
-        {(i, t.name): state.rows(i, t.name, b).astype(np.float32) for i in layers for t in state_tensors(config, i)},
-        joined("logits"),
-    )
+def _narrow(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """Pieces one below the other; floats as float32."""
+    joined = np.concatenate(pieces)
+    return joined if joined.dtype == np.int64 else joined.astype(np.float32, copy=False)
 
 
 def _widest(pieces: Sequence[np.ndarray]) -> np.ndarray:
     """Pieces [n, K] of different K one below the other; a step selects no more than there is."""
     width = max(piece.shape[1] for piece in pieces)
     return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in pieces])
+
+
+_JOINED = {"selected": _widest, "candidates": _widest}

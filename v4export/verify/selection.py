@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,39 @@ class IndexErrors(NamedTuple):
     weight: float
 
 
-def compare_selections(index: tuple[Any, ...], taken_MK: torch.Tensor, errors: IndexErrors) -> Choices:
+class Indexed(NamedTuple):
+    """What an indexer scored, for one sequence from its beginning.
+
+    Attributes:
+        scored: the arguments of ``index_select``.
+        among: blocks [M, B] that selections are confined to, -1 for none; None where they are not.
+        kept: most blocks that are kept for other layers.
+        block_size: keys of a block.
+    """
+
+    scored: tuple[Any, ...]
+    among: torch.Tensor | None = None
+    kept: int = 0
+    block_size: int = 0
+
+    @classmethod
+    def of(cls, name: str, args: tuple[Any, ...]) -> Indexed:
+        """From the name and the arguments of the op that selected."""
+        if name == "index_reselect":
+            *keys, among, position_B, top_k, ratio, scale, block_size = args
+            return cls((*keys, position_B, top_k, ratio, scale), among, 0, block_size)
+        return cls(args[:8], None, *args[8:])
+
+
+class _Ranked(NamedTuple):
+    """What there is to choose from: scores [M, N], which of them a token sees, and how far each may be off."""
+
+    scores_MN: torch.Tensor
+    visible_MN: torch.Tensor
+    slack: Callable[[int], torch.Tensor]
+
+
+def compare_selections(indexed: Indexed, taken_MK: torch.Tensor, errors: IndexErrors) -> Choices:
     """Compare what the graph selected for each token with what the reference would.
 
     Both are sets. Where they differ, it is a near tie if everything that only the graph selected can score as high as
@@ -29,19 +63,54 @@ def compare_selections(index: tuple[Any, ...], taken_MK: torch.Tensor, errors: I
     many scores exactly 0; between equals the order of numbers decides, and not every runtime has the same.
 
     Args:
-        index: the arguments of the reference's ``index_select``, for one sequence from its beginning.
+        indexed: the reference's.
         taken_MK: what the graph selected, -1 for none.
         errors: of what the scores are computed from.
     """
-    q_MHI, weights_MH, new_BUI, cache_BCI, position_B, top_k, ratio, scale = index
+    return _compare(_keys(indexed, errors), taken_MK, indexed.scored[5], "selected")
+
+
+def compare_candidates(indexed: Indexed, taken_MB: torch.Tensor, errors: IndexErrors) -> Choices:
+    """The same of the blocks that were kept: a block scores as its best key does, and the newest one above all."""
+    keys, size = _keys(indexed, errors), indexed.block_size
+    count = -(-keys.scores_MN.shape[1] // size)
+    padding = (0, count * size - keys.scores_MN.shape[1])
+    padded = torch.nn.functional.pad(keys.scores_MN, padding, value=_HIDDEN)
+    best = padded.unflatten(-1, (count, size)).max(-1)
+    seen_M = keys.visible_MN.sum(-1)
+    newest = torch.arange(count) == ((seen_M - 1) // size)[:, None]
+    scores_MB = best.values.masked_fill(newest & (seen_M > 0)[:, None], torch.inf)
+
+    def slack(token: int) -> torch.Tensor:
+        own = torch.nn.functional.pad(keys.slack(token), padding).unflatten(-1, (count, size))
+        return own.gather(-1, best.indices[token][:, None])[:, 0]
+
+    found = _compare(_Ranked(scores_MB, scores_MB != _HIDDEN, slack), taken_MB, indexed.kept, "kept blocks")
+    return replace(found, selective=0)  # a figure of selections
+
+
+def _keys(indexed: Indexed, errors: IndexErrors) -> _Ranked:
+    q_MHI, weights_MH, new_BUI, cache_BCI, position_B, _, ratio, scale = indexed.scored
     scores_MN, number_MN = index_scores(q_MHI, weights_MH, new_BUI, cache_BCI, position_B, ratio, scale)
     keys_NI, order = torch.cat([cache_BCI, new_BUI], 1)[0].float(), number_MN[0].argsort()
     scores_MN, keys_NI = scores_MN[:, order], keys_NI[order]  # from here on, a key's number is its index
-    visible_MN = scores_MN != _HIDDEN
+    if indexed.among is not None:
+        block_N = torch.arange(scores_MN.shape[1]) // indexed.block_size
+        inside_MN = (indexed.among[:, :, None] == block_N).any(1)
+        scores_MN = scores_MN.masked_fill(~inside_MN, _HIDDEN)
+    return _Ranked(
+        scores_MN,
+        scores_MN != _HIDDEN,
+        lambda token: _slack(q_MHI[token], weights_MH[token], keys_NI, scale, errors),
+    )
+
+
+def _compare(ranked: _Ranked, taken_MK: torch.Tensor, most: int, did: str) -> Choices:
+    scores_MN, visible_MN = ranked.scores_MN, ranked.visible_MN
     seen_M = visible_MN.sum(-1)
-    own_MN = _among_the_best(scores_MN, top_k) & visible_MN
+    own_MN = _among_the_best(scores_MN, most) & visible_MN
     taken_MN, faults = _as_sets(taken_MK, visible_MN)
-    count_M = seen_M.clamp(max=top_k)
+    count_M = seen_M.clamp(max=most)
     wrong: list[str] = []
     evidence: list[str] = []
     for token in (taken_MN != own_MN).any(-1).logical_or(faults).nonzero()[:, 0].tolist():
@@ -49,11 +118,11 @@ def compare_selections(index: tuple[Any, ...], taken_MK: torch.Tensor, errors: I
         selected = taken_MK[token][taken_MK[token] >= 0].tolist()
         if faults[token] or len(selected) != int(count_M[token]):
             wrong.append(
-                f"token {token}: selected {numbers(selected)} where {int(count_M[token])} of the "
+                f"token {token}: {did} {numbers(selected)} where {int(count_M[token])} of the "
                 f"{int(seen_M[token])} that it can see were to be"
             )
             continue
-        slack = _slack(q_MHI[token], weights_MH[token], keys_NI, scale, errors)
+        slack = ranked.slack(token)
         only, missed = (taken & ~own).nonzero()[:, 0], (own & ~taken).nonzero()[:, 0]
         gaps = score[missed][:, None] - score[only]
         explained = torch.hypot(slack[missed][:, None], slack[only])
@@ -62,13 +131,13 @@ def compare_selections(index: tuple[Any, ...], taken_MK: torch.Tensor, errors: I
         seen = score[visible_MN[token]]
         last = score[own].min()
         line = (
-            f"token {token}: selected {numbers(only.tolist())}, the reference {numbers(missed.tolist())}; scores "
+            f"token {token}: {did} {numbers(only.tolist())}, the reference {numbers(missed.tolist())}; scores "
             f"{_scores(score[only])} and {_scores(score[missed])}, {gap:.2g} apart where rounding explains "
             f"{reach:.2g}; {int((seen == last).sum())} of {len(seen)} equal the last one selected, "
             f"{int((seen == 0).sum())} are exactly 0"
         )
         (evidence if gap <= reach else wrong).append(line)  # a NaN is no near tie
-    return Choices(len(evidence), tuple(wrong), tuple(evidence), int((seen_M > top_k).sum()))
+    return Choices(len(evidence), tuple(wrong), tuple(evidence), int((seen_M > most).sum()))
 
 
 def _among_the_best(scores_MN: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from v4export.config import CSA, WINDOW, ModelConfig
+from v4export.config import FULL, HCA, ModelConfig
 from v4export.precision import Precision
 from v4export.state_contract import state_tensors
 
@@ -86,11 +86,12 @@ def attention_path(config: ModelConfig, layer: int, tokens: int) -> Path:
         sums = [c.hidden_size, c.hidden_size, *low_rank, c.qk_nope_head_dim, c.latent_dim, seen, seen, c.kv_lora_rank]
         matrices = 3 + 2 * bool(c.q_lora_rank)
         return Path("attention", len(sums) + 3, sum(sums) + c.num_heads * c.v_head_dim, matrices)
-    v, rank, kind = c.compressed, c.q_lora_rank or 0, c.compressed.layers[layer]
-    entries = 0 if kind == WINDOW else tokens // v.ratio(kind)
-    entries = min(entries, c.indexer.top_k) if c.indexer and kind == CSA else entries
+    v, rank, ratio = c.compressed, c.q_lora_rank or 0, c.compressed.ratios[layer]
+    entries = tokens // ratio if ratio else 0
+    entries = min(entries, c.indexer.top_k) if c.indexer and v.layers[layer] != HCA else entries
     keys = min(tokens, v.window) + entries + 1
-    query = [c.hidden_size, c.hidden_size, rank, rank, v.head_dim]  # the last one the heads' own norm
+    query = [c.hidden_size, c.hidden_size, rank, rank]
+    query += [v.head_dim] if v.norm_queries else []
     output = [c.num_heads * v.head_dim // v.o_groups, v.o_groups * v.o_lora_rank]
     sums = [*query, v.head_dim, keys, keys, *output]
     # Stored on the way: the query at each of its steps and once rotated, the mix, the mix rotated, two projections.
@@ -104,12 +105,30 @@ def row_path(config: ModelConfig, layer: int, name: str) -> Path:
     tensor = tensors[name]
     if name == "latent":  # either normed or rotated
         return Path(name, 3, 2 * width + config.kv_lora_rank, 1)
+    if name == "engram":  # the gated value, normed
+        memory = engram_path(config, layer)
+        return Path(name, memory.stored + 1, memory.terms + width, memory.products)
     if tensor.float32:  # projections of normed hidden states, which are stored, in float32
         return Path(name, 1, 2 * width, 0)
+    if config.compressed and config.compressed.layers[layer] == FULL and name != "window":
+        entry = tensors["entry"]
+        pooled = [entry.every, entry.every] if entry.every > 1 else []
+        # The latent is stored as it is pooled and once normed; an index key is projected from it, normed and rotated.
+        keyed = [entry.width, tensor.width] if name == "index_key" else []
+        return Path(name, 4 + len(keyed), sum([2 * width, *pooled, entry.width, *keyed]), 0)
     if tensor.every == 1:
         return Path(name, 4, 2 * width + tensor.width, 1)
     slots = tensors[{"entry": "open", "index_key": "index_open"}[name]].ring or 0
     return Path(name, 4, 2 * width + 2 * slots + tensor.width, 0)
+
+
+def engram_path(config: ModelConfig, layer: int) -> Path:
+    """Projection of what was looked up, norms of a stream and a key, the gated value."""
+    e = config.engram
+    if e is None or not config.has_engram(layer):
+        return Path("", 0, 0, 0)
+    convolved = [config.hidden_size, e.kernel] if e.kernel else []
+    return Path("engram", 3 + len(convolved), sum([e.row_dim, 3 * config.hidden_size, *convolved]), 1)
 
 
 def index_query_path(config: ModelConfig) -> Path:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 
 from v4export.checkpoint.audit import Weight
-from v4export.config import WINDOW, ModelConfig
+from v4export.config import ModelConfig
 from v4export.errors import NumbersDiffer
-from v4export.graphs.export import LOWERED_FOR_CPU, PORTABLE
+from v4export.graphs.export import GRAPHS
 from v4export.package.bundle import Bundle
 from v4export.runtime.onnx import OnnxExecutor
 from v4export.verify.boundary import Boundary
 from v4export.verify.compare import compare
+from v4export.verify.looked_up import engram_faults
 from v4export.verify.prompts import LENGTHS, default_prompts
-from v4export.verify.recording import record, tap_names
+from v4export.verify.recording import Recording, record, tap_names
 from v4export.verify.references import check_references
 
 #: Tokens of a prefill chunk while verifying: small, so that prompts take several; and odd, so that chunks begin at
@@ -88,6 +90,7 @@ def verify_bundle(
     weights: dict[str, Weight],
     *,
     device: str = "cpu",
+    token_map: np.ndarray | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     decode: int = 32,
     advance: Callable[[Boundary], None] = lambda _: None,
@@ -98,6 +101,7 @@ def verify_bundle(
         bundle: with a graph.
         weights: of the audited checkpoint it was made from.
         device: ``cpu`` or ``cuda``.
+        token_map: token id -> compressed id of the checkpoint's tokenizer, for a model with Engram.
         prompts: tokens; text of several lengths unless given.
         decode: tokens to decode after each prompt.
         advance: told every boundary as it is compared.
@@ -105,26 +109,37 @@ def verify_bundle(
     config = bundle.config
     decode = min(decode, bundle.max_seq_len // 2)
     prompts = prompts or default_prompts(bundle.folder, config, bundle.max_seq_len - decode)
-    references = _references(bundle, weights)
+    references = _references(bundle, weights, token_map)
     advance(references)
     batches = [[prompt] for prompt in prompts] + [list(prompts[:-1])] * (len(prompts) > 2)
     executor = _executor(bundle, device, bodies=False)
     recordings = [r for batch in batches for r in record(executor, config, batch, chunk=CHUNK, decode=decode)]
+    recordings += _past_the_decoder(executor, config, prompts, CHUNK, decode)
     bodies = device != "cpu" or bodies_fit(bundle)
     if device == "cpu" and bodies:
         executor = _executor(bundle, device, bodies=True)
         for batch in _for_bodies(config, prompts):
             recordings += record(executor, config, batch, chunk=BODIES_CHUNK, decode=min(decode, 2))
-    boundaries = compare(weights, config, bundle.precision, recordings, advance)
+        recordings += _past_the_decoder(executor, config, [max(prompts, key=len)[:12]], BODIES_CHUNK, min(decode, 2))
+    boundaries = compare(weights, config, bundle.precision, recordings, advance, token_map)
     return Verification(device, tuple(map(len, prompts)), decode, (references, *boundaries), bodies)
+
+
+def _past_the_decoder(
+    executor: OnnxExecutor, config: ModelConfig, prompts: Sequence[Sequence[int]], chunk: int, decode: int
+) -> list[Recording]:
+    """The longest prompt once more, half of which is only remembered, of a model with a decoder."""
+    longest = max(prompts, key=len)
+    if executor.tail is None or len(longest) < 2:
+        return []
+    return record(executor, config, [longest], chunk=chunk, decode=decode, remembered=len(longest) // 2)
 
 
 def _for_bodies(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
     """What the portable bodies run: all beginnings as a batch; and the longest prompt alone to its first long entry."""
     batches = [[prompt[: 3 * BODIES_CHUNK] for prompt in prompts]]
     if config.compressed:
-        kinds = set(config.compressed.layers) - {WINDOW}
-        reach = max([config.compressed.window, *map(config.compressed.ratio, kinds)]) + 2 * BODIES_CHUNK
+        reach = max([config.compressed.window, *config.compressed.ratios]) + 2 * BODIES_CHUNK
         batches.append([max(prompts, key=len)[:reach]])
     return batches
 
@@ -151,9 +166,15 @@ def _executor(bundle: Bundle, device: str, bodies: bool) -> OnnxExecutor:
     )
 
 
-def _references(bundle: Bundle, weights: dict[str, Weight]) -> Boundary:
+def _references(bundle: Bundle, weights: dict[str, Weight], token_map: np.ndarray | None) -> Boundary:
     """The check of every weight reference, as the first line of the report."""
-    found = check_references(bundle.folder, (PORTABLE, LOWERED_FOR_CPU), weights, bundle.precision)
+    graphs = tuple(name for name in GRAPHS if (bundle.folder / name).exists())
+    engram = bundle.config.engram
+    in_graph = {n: w for n, w in weights.items() if w.role != "engram_table" or (engram and engram.inside)}
+    found = check_references(bundle.folder, graphs, in_graph, bundle.precision)
+    wrong = found.wrong
+    if engram and token_map is not None:
+        wrong += engram_faults(bundle.folder, engram, weights, token_map)
     derivation = f"exact: {found.count} references to weights compared with the checkpoint, "
     derivation += f"{found.converted} converted again"
-    return Boundary("weights", not found.wrong, 0.0, 0.0, 0.0, 1.0, derivation, notes=found.wrong[:5])
+    return Boundary("weights", not wrong, 0.0, 0.0, 0.0, 1.0, derivation, notes=wrong[:5])

@@ -28,7 +28,7 @@ from v4export.engine.options import (
 )
 from v4export.engram.vocabulary import read_token_map
 from v4export.errors import BadInput
-from v4export.graphs.export import PORTABLE, Graphs, export_graphs
+from v4export.graphs.export import PORTABLE, REMEMBERING, Graphs, export_graphs
 from v4export.package.bundle import Bundle, whole_folder, write_manifest
 from v4export.precision import precision as find_precision
 from v4export.progress import Stages
@@ -59,6 +59,7 @@ class Built:
         note: why the precision is not the one asked for, if it is not.
         verification: how the graph compares with the PyTorch definition, if it was verified.
         engine: what TensorRT built, if it was asked to.
+        remember_engine: the same for tokens that do not pass the decoder, of a model that has one.
     """
 
     bundle: Bundle
@@ -67,6 +68,7 @@ class Built:
     note: str | None = None
     verification: Verification | None = None
     engine: EngineReport | None = None
+    remember_engine: EngineReport | None = None
 
 
 @dataclass(frozen=True)
@@ -205,22 +207,36 @@ def build(
             "graphs": graphs,
         }
         bundle = Bundle(folder, facts, config, found)
-        verification = engine_report = None
+        verification = engine_report = remember_report = None
         if verify:
             verification = _verified(bundle, account, stages, on_boundary, token_map=words, device=device)
             facts["verification"] = verification.summary()
         if engine and (verification is None or verification.passed):
-            with stages.stage("engine") as advance:
-                engine_report = engine_of(folder / PORTABLE, config, length, precision, engine, on_line)
-                advance(1)
-            facts["engine"] = engine_report
+            engine_report, remember_report = _engines(bundle, engine, stages, on_line)
+            facts |= {"engine": engine_report, "remember_engine": remember_report}
         facts["stages"] = stages.done
         if verification or engine_report:
             write_report(folder, facts, config, verification, engine_report)
         write_manifest(folder, facts, frozenset(graphs.linked))
         if verification:
             verification.check()
-    return Built(Bundle.open(Path(out)), account.summary(), graphs, note, verification, engine_report)
+    opened = Bundle.open(Path(out))
+    return Built(opened, account.summary(), graphs, note, verification, engine_report, remember_report)
+
+
+def _engines(
+    bundle: Bundle, options: EngineOptions, stages: Stages, on_line: Callable[[str], None] | None
+) -> tuple[EngineReport, EngineReport | None]:
+    """The engine of a bundle, and that of tokens which do not pass the decoder, if the bundle has a graph for them."""
+    graphs = [name for name in (PORTABLE, REMEMBERING) if (bundle.folder / name).exists()]
+    reports: list[EngineReport | None] = [None, None]
+    with stages.stage("engine", len(graphs)) as advance:
+        for i, name in enumerate(graphs):
+            how = (bundle.config, bundle.max_seq_len, bundle.precision.name, options, on_line)
+            reports[i] = engine_of(bundle.folder / name, *how)
+            advance(1)
+    assert reports[0] is not None
+    return reports[0], reports[1]
 
 
 def _words(config: ModelConfig, directory: Path) -> np.ndarray | None:
@@ -286,12 +302,10 @@ def engine(
 ) -> EngineReport:
     """Build the engine of an exported bundle and record it in the manifest; a former engine is replaced."""
     bundle = Bundle.open(Path(folder))
-    graph, precision = bundle.folder / PORTABLE, bundle.precision.name
-    with (stages or Stages(quiet=True)).stage("engine") as advance:
-        report = engine_of(graph, bundle.config, bundle.max_seq_len, precision, options, on_line)
-        advance(1)
+    report, remember_report = _engines(bundle, options, stages or Stages(quiet=True), on_line)
     facts = {k: v for k, v in bundle.manifest.items() if k not in ("format", "versions", "files")}
-    write_manifest(bundle.folder, {**facts, "engine": report}, frozenset(facts["graphs"]["linked"]))
+    facts |= {"engine": report, "remember_engine": remember_report}
+    write_manifest(bundle.folder, facts, frozenset(facts["graphs"]["linked"]))
     return report
 
 
@@ -312,7 +326,10 @@ def run(
     device: str = "cpu",
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Generate text from a bundle with onnxruntime; ``on_text`` is told text as it comes."""
+    """Generate text from a bundle with onnxruntime; ``on_text`` is told text as it comes.
+
+    With ``skip_decoder``, all but the last tokens of a prompt pass only the layers before the decoder (V4.1).
+    """
     if (prompt is None) == (prompt_file is None):
         raise BadInput("a prompt is needed, once", fix="give --prompt TEXT or --prompt-file FILE")
     if prompt is None:

@@ -94,6 +94,7 @@ _export_options = _options(
     click.option("--max-seq-len", type=click.IntRange(1), help="Longest sequence.  [default: 4096 or the model's]"),
     click.option("--layers", callback=_layers, metavar="0:N", help="Only the first layers, to try a big model."),
     click.option("--copy-weights", is_flag=True, help="Copy shards into OUT instead of linking them."),
+    click.option("--engram-inside", is_flag=True, help="Make Engram tables part of the graph, if they are small."),
     click.option(
         "--no-scan", "scan_values", flag_value=False, default=True, help="Do not look for NaN in the weights."
     ),
@@ -229,6 +230,7 @@ def verify(bundle: Path, as_json: bool, quiet: bool, **given: Any) -> None:
 @click.option("--seed", type=int, help="Of the sampling.")
 @click.option("--stop", multiple=True, help="Stop before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
+@click.option("--skip-decoder", is_flag=True, help="V4.1: only a prompt's last tokens pass all layers; not exact.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="Of onnxruntime; 0 lets it choose.")
 @_device
 @_json

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from v4export.config import ModelConfig
+from v4export.config import Engram, ModelConfig
+from v4export.config.readers import table_rows
 from v4export.engine.targets import support_rows
 
 if TYPE_CHECKING:  # at run time these rooms are heavy, and nothing here needs more than their results
@@ -28,10 +29,11 @@ def built(result: Built, seconds: float, command: str) -> str:
         f"{folder / 'model.onnx'}: {g.nodes} nodes, {_mib(g.pointed_bytes)} of weights used where they lie, "
         f"{_mib(g.written_bytes)} written",
     ]
+    if g.beside_bytes:
+        lines.append(f"{folder / 'engram.json'}: {_mib(g.beside_bytes)} of tables read where they lie")
     if result.note:
         lines.append(result.note)
-    if result.engine:
-        lines.append(engine(result.engine))
+    lines += [engine(one) for one in (result.engine, result.remember_engine) if one]
     if result.verification:
         lines += [f"report: {folder / 'report.html'}", verdict(result.verification.summary(), seconds, command)]
     else:
@@ -67,7 +69,12 @@ def inspection_json(found: Inspection) -> dict[str, Any]:
     c, p = found.config, found.parameters
     return {
         "family": c.family,
-        "parameters": {"total": p.total, "active": p.active, "by_part": dict(p.by_part)},
+        "parameters": {
+            "total": p.total,
+            "active": p.active,
+            "active_remembering": p.active_remembering,
+            "by_part": dict(p.by_part),
+        },
         "state_bytes_per_token": found.state_bytes_per_token,
         "state_bytes_fixed": found.state_bytes_fixed,
         "dtypes": found.dtypes,
@@ -90,6 +97,8 @@ def inspection(found: Inspection) -> str:
         + (f"; in {len(c.hash_layers)} layers a table by token id" if c.hash_layers else ""),
         "attention": _attention(c),
         **({"residual": f"{c.hyper.streams} streams with hyper-connections"} if c.hyper else {}),
+        **({"engram": _engram(c.engram)} if c.engram else {}),
+        **({"decoder": _decoder(c, p.active_remembering)} if p.active_remembering else {}),
         "state": f"{found.state_bytes_per_token:,} bytes per token in 16 bits"
         + (f", and {_mib(found.state_bytes_fixed)} whatever the length" if found.state_bytes_fixed else ""),
         "stored": f"{_mib(found.stored_bytes)}: " + ", ".join(f"{n} {d}" for d, n in found.dtypes.items())
@@ -119,6 +128,19 @@ def _attention(c: ModelConfig) -> str:
         + (f" and entries of {ratios} tokens" if ratios else "")
         + selected
     )
+
+
+def _engram(e: Engram) -> str:
+    rows = " and ".join(f"{rows:,}" for rows in table_rows(e))
+    return (
+        f"layers {', '.join(map(str, e.layers))}: {e.heads} hashes of each n-gram of 2 to {e.max_order} tokens, tables of "
+        f"{rows} rows of {e.width}" + (f", convolution of {e.kernel} taps" if e.kernel else "")
+    )
+
+
+def _decoder(c: ModelConfig, active: int) -> str:
+    first = next(filter(c.is_decoder, range(c.num_layers)))
+    return f"from layer {first} on; {active:,} parameters active for a token of a prompt that skips it"
 
 
 def preset_table(found: Mapping[str, Inspection]) -> str:

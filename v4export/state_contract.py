@@ -24,6 +24,8 @@ class StateTensor:
         every: tokens that a row stands for. A row is complete, and may be seen, once its last token has come.
         ring: rows that are kept, or None for all.
         float32: whatever the type of activations.
+        reads_oldest: whether a step reads the row whose place in the ring its own first row is to take, so that the new
+            one must not be there before the step has ended.
     """
 
     name: str
@@ -31,6 +33,7 @@ class StateTensor:
     every: int = 1
     ring: int | None = None
     float32: bool = False
+    reads_oldest: bool = False
 
     def complete(self, tokens: int) -> int:
         """Rows that so many tokens complete."""
@@ -86,7 +89,8 @@ def _engram(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
     if e is None or not e.kernel or not config.has_engram(layer):
         return ()
     streams = config.hyper.streams if config.hyper else 1
-    return (StateTensor("engram", streams * config.hidden_size, ring=(e.kernel - 1) * e.dilation),)
+    reach = (e.kernel - 1) * e.dilation
+    return (StateTensor("engram", streams * config.hidden_size, ring=reach, reads_oldest=True),)
 
 
 def remembered(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4export.errors import BadInput, NumbersDiffer
-from v4export.runtime.generate import Event, Generation, StopStrings, generate, run_text
+from v4export.runtime.generate import Coming, Event, Generation, StopStrings, generate, run_text
 from v4export.runtime.sampling import Sampler, Sampling
 from v4export.runtime.tokenizer import Tokenizer
 
@@ -33,6 +33,7 @@ class FakeExecutor:
     max_seq_len: int = 64
     rule: Callable[[Sequence[int]], np.ndarray] = hashed_logits
     vocab: int = VOCAB
+    tail: int | None = None
     widths: list[int] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
 
@@ -40,7 +41,13 @@ class FakeExecutor:
         return [[] for _ in range(batch)]
 
     def step(
-        self, tokens_BS: np.ndarray, state: Any, *, logits_at_BQ: np.ndarray, lengths_B: np.ndarray | None = None
+        self,
+        tokens_BS: np.ndarray,
+        state: Any,
+        *,
+        logits_at_BQ: np.ndarray,
+        lengths_B: np.ndarray | None = None,
+        coming: Coming | None = None,
     ) -> np.ndarray:
         batch, width = tokens_BS.shape
         lengths = [width] * batch if lengths_B is None else lengths_B.tolist()

@@ -10,60 +10,117 @@ import torch
 
 from v4export.checkpoint.audit import Weight
 from v4export.config import ModelConfig
-from v4export.graphs.stamp import experts_name, hidden_name, selected_name
+from v4export.engram.feed import EngramFeed
+from v4export.engram.hashing import Hasher
+from v4export.engram.table import Table
+from v4export.graphs.export import engram_tables
+from v4export.graphs.stamp import candidates_name, engram_name, experts_name, hidden_name, selected_name, shares_name
+from v4export.model.block import STATE, block_shares, head_reads
 from v4export.model.linear import Storage
 from v4export.model.load import load_transformer
 from v4export.precision import Precision
 from v4export.runtime.state import State
+from v4export.state_contract import may_skip_decoder
 from v4export.verify.rounded import as_the_graph_holds
 
 
 class EagerExecutor:
-    """As ``OnnxExecutor``, with absorbed attention and weights as a graph holds them."""
+    """As ``OnnxExecutor``, with absorbed attention and weights as a graph holds them.
+
+    ``token_map`` and ``tables`` are what a model with Engram is looked up by.
+    """
 
     def __init__(
-        self, weights: dict[str, Weight], config: ModelConfig, precision: Precision, max_seq_len: int = 512
+        self,
+        weights: dict[str, Weight],
+        config: ModelConfig,
+        precision: Precision,
+        max_seq_len: int = 512,
+        token_map: np.ndarray | None = None,
     ) -> None:
         self.config, self.max_seq_len = config, max_seq_len
         self.dtype = getattr(torch, precision.activations)
+        self.tail = config.compressed.window if config.compressed and may_skip_decoder(config) else None
 
         def lookup(name: str) -> torch.Tensor:
             return torch.from_numpy(as_the_graph_holds(weights[name], precision))
 
         self.model = load_transformer(config, lookup, storage=Storage(self.dtype))
+        self.feed = None
+        if config.engram and token_map is not None:
+            tables = {layer: Table(*stored) for layer, stored in engram_tables(weights).items()}
+            # What is stored has been rounded already.
+            self.feed = EngramFeed(Hasher.of(config.engram, token_map), tables)
         self.tapped: dict[str, np.ndarray] = {}
 
     def new_state(self, batch: int = 1) -> State:
-        # What is stored has been rounded already.
-        return State.empty(self.config, batch, np.dtype(np.float32), self.max_seq_len)
+        state = State.empty(self.config, batch, np.dtype(np.float32), self.max_seq_len)
+        state.history_BN = self.feed.hasher.empty_history(batch) if self.feed else None
+        return state
 
-    def step(self, tokens_BS, state, *, logits_at_BQ, lengths_B=None):
+    def step(self, tokens_BS, state, *, logits_at_BQ, lengths_B=None, coming=None):
         B, S = tokens_BS.shape
-        state.reserve(S, lengths_B)
-        # A copy: eager operators may return views of what they read, and rows are written where state is read.
-        held = [{name: self._read(state, i, name) for name in buffers} for i, buffers in enumerate(state.layers)]
-        ids, position = (torch.from_numpy(np.array(v, np.int64)) for v in (tokens_BS, state.lengths_B))
         self.tapped = {}
         with torch.inference_mode():
-            x, shared = self.model.embed.shared(ids, position)
-            self._tap(hidden_name(-1), x)
+            ids, position, held, found = self._given(tokens_BS, state, lengths_B)
+            start = torch.from_numpy(state.decoder_start_B)
+            x, shared = self.model.embed.shared(ids, position, start)
+            self._tap_all(-1, {"hidden": x} | {name: shared[name] for name in ("pre",) if name in shared})
+            shared["hidden"] = x
             for i, layer in enumerate(self.model.layers):
-                out = layer(x, shared, held[i])
-                x = out.hidden
-                self._tap(hidden_name(i), x)
-                self._tap(experts_name(i), out.experts)
-                self._tap(selected_name(i), out.selected)
-                for name, rows in zip(layer.state_names, out.rows, strict=True):
-                    state.room(i, name)[:] = rows.float().numpy()
-            at = torch.from_numpy(np.array(logits_at_BQ, np.int64))
-            logits = self.model.head(x, at).numpy()
+                if self.config.has_engram(i):
+                    shared["engram"] = found[i]
+                    self._tap(engram_name(i), found[i].flatten(0, 1))
+                out = layer(shared["hidden"], shared, held[i])
+                named = out.named() | {STATE + name: value for name, value in held[i].items()}
+                shared |= {name: named[own] for name, own in block_shares(self.config, i).items()}
+                self._tap_all(i, named)
+                self._put(state, i, out.rows)
+            shared["logits_at"] = torch.from_numpy(np.array(logits_at_BQ, np.int64))
+            logits = self.model.head(*(shared[name] for name in head_reads(self.config))).numpy()
         state.commit(np.full(B, S) if lengths_B is None else lengths_B)
         return logits
+
+    def remember(self, tokens_BS, state, *, lengths_B=None, coming=None):
+        with torch.inference_mode():
+            rows = self.model.remember(*self._given(tokens_BS, state, lengths_B))
+        for i, layer in enumerate(rows):
+            self._put(state, i, layer)
+        lengths = np.full(len(tokens_BS), tokens_BS.shape[1]) if lengths_B is None else lengths_B
+        state.commit(lengths, past_decoder=False)
+
+    def _given(self, tokens_BS, state, lengths_B):
+        """Token ids, positions, copies of the rows held (views of what is read may be returned), what is looked up."""
+        state.reserve(tokens_BS.shape[1], lengths_B)
+        held = [{name: self._read(state, i, name) for name in buffers} for i, buffers in enumerate(state.layers)]
+        ids, position = (torch.from_numpy(np.array(v, np.int64)) for v in (tokens_BS, state.lengths_B))
+        found = {}
+        if self.feed:
+            rows, state.history_BN = self.feed.rows(tokens_BS, state.history_BN, lengths_B)
+            found = {layer: torch.from_numpy(some).to(self.dtype) for layer, some in rows.items()}
+        return ids, position, held, found
 
     def _read(self, state: State, layer: int, name: str) -> torch.Tensor:
         array = torch.from_numpy(state.held(layer, name).copy())
         return array if state.layers[layer][name].tensor.float32 else array.to(self.dtype)
 
-    def _tap(self, name: str, value: torch.Tensor | None) -> None:
-        if value is not None:
-            self.tapped[name] = (value.float() if value.is_floating_point() else value).numpy()
+    def _put(self, state: State, layer: int, rows: dict[str, torch.Tensor]) -> None:
+        for name, new in rows.items():
+            state.room(layer, name)[:] = new.float().numpy()
+
+    def _tap_all(self, layer: int, named: dict[str, torch.Tensor]) -> None:
+        for name, called in _TAPPED.items():
+            if name in named:
+                self._tap(called(layer), named[name])
+
+    def _tap(self, name: str, value: torch.Tensor) -> None:
+        self.tapped[name] = (value.float() if value.is_floating_point() else value).numpy()
+
+
+_TAPPED = {
+    "hidden": hidden_name,
+    "experts": experts_name,
+    "selected": selected_name,
+    "candidates": candidates_name,
+    "pre": shares_name,
+}

@@ -85,4 +85,4 @@ def test_an_indexer_is_listened_to():
         block, _, run = made("tiny-v4", 1)
         with Watch(block) as watch:
             run()
-        assert watch.index is not None and watch.index[5:7] == (8, 4) and not block.self_attn._forward_hooks
+        assert watch.index is not None and watch.index.scored[5:7] == (8, 4) and not block.self_attn._forward_hooks

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from v4export.checkpoint.names import Expected, expected
 from v4export.config import ModelConfig
+from v4export.state_contract import may_skip_decoder
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model; ``by_part`` sums to ``total``."""
+    """Parameters of a model; ``by_part`` sums to ``total``.
+
+    Attributes:
+        total: all of them.
+        active: at work for one token.
+        by_part: parts and their parameters.
+        active_remembering: at work for a token that does not pass the decoder; None where there is no decoder to skip.
+    """
 
     total: int
     active: int
     by_part: dict[str, int]
+    active_remembering: int | None = None
 
 
 # role -> part; others are told apart by their name
@@ -44,14 +54,45 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     A token is worked on by everything but the embedding and Engram's tables (rows are looked up) and the experts it is
     not routed to.
     """
+    parameters = [one for one in expected(config).values() if one.role not in _BUFFERS]
+    by_part = _by_part(parameters)
+    remembering = None
+    if may_skip_decoder(config):
+        remembering = _active(_by_part([one for one in parameters if _remembers(one, config)]), config)
+    return ParameterCounts(sum(by_part.values()), _active(by_part, config), by_part, remembering)
+
+
+def _by_part(parameters: Iterable[Expected]) -> dict[str, int]:
     by_part: dict[str, int] = {}
-    for one in expected(config).values():
-        if one.role not in _BUFFERS:
-            by_part[_part(one)] = by_part.get(_part(one), 0) + math.prod(one.shape)
-    total = sum(by_part.values())
+    for one in parameters:
+        by_part[_part(one)] = by_part.get(_part(one), 0) + math.prod(one.shape)
+    return by_part
+
+
+def _active(by_part: dict[str, int], config: ModelConfig) -> int:
     experts = by_part.get("routed_experts", 0)
     idle = experts - experts // config.num_experts * config.experts_per_token
     # A tied embedding is also the head, which every token is multiplied with.
     looked_up = 0 if config.tie_word_embeddings else by_part["embedding"]
-    looked_up += by_part.get("engram_tables", 0)
-    return ParameterCounts(total, total - idle - looked_up, by_part)
+    return sum(by_part.values()) - idle - looked_up - by_part.get("engram_tables", 0)
+
+
+#: What makes entries and index keys in the decoder's first layer.
+_MAKES_ENTRIES = (
+    "input_layernorm",
+    "self_attn.compressor",
+    "self_attn.indexer.wk",
+    "self_attn.indexer.k_norm",
+    "engram",
+)
+
+
+def _remembers(one: Expected, config: ModelConfig) -> bool:
+    """Whether a parameter is at work for a token that does not pass the decoder."""
+    place = one.name.split(".", 3)
+    if place[1] != "layers":
+        return one.role == "embedding"
+    layer = int(place[2])
+    if not config.is_decoder(layer):
+        return True
+    return not config.is_decoder(layer - 1) and place[3].startswith(_MAKES_ENTRIES)

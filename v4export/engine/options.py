@@ -17,7 +17,8 @@ from v4export.errors import NotSupported
 from v4export.plugins.limits import MAX_ELEMENTS
 from v4export.precision import precision as find_precision
 
-ENGINE = "model.engine"
+#: An engine lies beside its graph, and has its name.
+ENGINE_SUFFIX = ".engine"
 
 #: Scratch memory that an engine's prefill may take at one place, where the user does not choose the chunk.
 _SCRATCH_BYTES = 1 << 30
@@ -100,7 +101,7 @@ def engine_of(
     options: EngineOptions,
     on_line: Callable[[str], None] | None = None,
 ) -> EngineReport:
-    """Build ``model.engine`` beside a graph; ``on_line`` is told each line of TensorRT's log.
+    """Build the engine of a graph beside it; ``on_line`` is told each line of TensorRT's log.
 
     Raises:
         NotSupported: TensorRT would refuse the graph.
@@ -113,7 +114,7 @@ def engine_of(
         )
     report = build_engine(
         graph,
-        graph.with_name(ENGINE),
+        graph.with_suffix(ENGINE_SUFFIX),
         precision=precision,
         targets=options.targets,
         backend=options.backend,
@@ -124,4 +125,4 @@ def engine_of(
         shapes=options.shapes,
         on_line=on_line,
     )
-    return replace(report, path=Path(ENGINE))
+    return replace(report, path=Path(report.path.name))

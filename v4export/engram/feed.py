@@ -22,7 +22,7 @@ class EngramFeed:
 
     Args:
         hasher: finds the rows.
-        tables: layer -> table.
+        tables: layer -> table; empty where tables are part of the graph, which takes numbers of rows.
         dtype: of the rows that the graph takes.
 
     Raises:
@@ -32,7 +32,7 @@ class EngramFeed:
     def __init__(self, hasher: Hasher, tables: Mapping[int, Table], dtype: npt.DTypeLike = np.float32) -> None:
         expected = {layer: hashes.rows for layer, hashes in hasher.layers.items()}
         found = {layer: table.rows for layer, table in tables.items()}
-        if found != expected:
+        if tables and found != expected:
             raise BadInput(
                 "the Engram tables do not match the hashes",
                 f"layer -> rows: {found}, expected {expected}",
@@ -56,8 +56,8 @@ class EngramFeed:
             tokens_BS, history_BN, lengths_B, masked, starts: see ``Hasher.rows``.
 
         Returns:
-            Layer -> [B, S, (N-1) * heads * width] of the feed's type, zeros for masked tokens and padding; and the new
-            history.
+            Layer -> [B, S, (N-1) * heads * width] of the feed's type, zeros for masked tokens and padding; without
+            tables int64 [B, S, (N-1) * heads], any for padding. And the new history.
 
         Raises:
             BadInput: see ``Hasher.rows`` and ``Table.gather``; also what a prefetch has met.
@@ -106,6 +106,8 @@ class EngramFeed:
 
     def _compute(self, *arguments: Any) -> Rows:
         numbers, history = self.hasher.rows(*arguments)
+        if not self.tables:
+            return {layer: rows.clip(min=0) for layer, rows in numbers.items()}, history
         found = {layer: self.tables[layer].gather(rows, self.dtype) for layer, rows in numbers.items()}
         # [B, S, rows, width] to [B, S, rows * width]
         flat = {layer: rows.reshape(*rows.shape[:2], math.prod(rows.shape[2:])) for layer, rows in found.items()}

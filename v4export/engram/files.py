@@ -39,7 +39,7 @@ class EngramFiles:
 
     Attributes:
         hasher: tokens to rows.
-        tables: layer -> where its table lies.
+        tables: layer -> where its table lies; empty where tables are part of the graph.
     """
 
     hasher: Hasher
@@ -84,7 +84,7 @@ def write(folder: Path, engram: Engram, token_map: np.ndarray, tables: Mapping[i
         folder: the bundle.
         engram: which hashes.
         token_map: int32 [V] from ``vocabulary``.
-        tables: layer -> its tensors, in files inside the folder (``weights/``).
+        tables: layer -> its tensors, in files inside the folder (``weights/``); empty if they are part of the graph.
 
     Raises:
         BadInput: a table has not as many rows as its layer's hashes, or lies elsewhere.
@@ -93,13 +93,14 @@ def write(folder: Path, engram: Engram, token_map: np.ndarray, tables: Mapping[i
     ids = token_map.astype(_IDS).tobytes()
     layers = {}
     for layer, hashes in hasher.layers.items():
-        data, scale = tables[layer]
-        _check_table(layer, hashes, engram.width, data, scale)
+        data, scale = tables[layer] if tables else (None, None)
+        if data:
+            _check_table(layer, hashes, engram.width, data, scale)
         layers[str(layer)] = {
             "multipliers": [str(number) for number in hashes.multipliers],
             "primes": hashes.primes,
             "offsets": hashes.offsets,
-            "table": _place(folder, data),
+            "table": data and _place(folder, data),
             "scale": scale and _place(folder, scale),
         }
     description = {
@@ -135,8 +136,10 @@ def _read(folder: Path, found: Any) -> EngramFiles:
         _demand(name.isdecimal() and str(int(name)) == name, f"{name!r} is not the number of a layer")
         layers[int(name)] = hashes = _hashes(entry, order, heads, compressed)
         data, scale = (entry[key] and _stored(folder, entry[key]) for key in ("table", "scale"))
-        _check_table(int(name), hashes, width, data, scale)
-        tables[int(name)] = data, scale
+        if data:
+            _check_table(int(name), hashes, width, data, scale)
+            tables[int(name)] = data, scale
+    _demand(not tables or tables.keys() == layers.keys(), f"only layers {[*tables]} have tables")
     return EngramFiles(Hasher(token_map, pad, compressed, layers, heads), tables)
 
 

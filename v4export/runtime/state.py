@@ -149,7 +149,7 @@ class State:
         return buffer.scratch
 
     def _in_place(self, tensor: StateTensor) -> bool:
-        return self.single and (tensor.ring is None or self._steps == 1)
+        return self.single and (tensor.ring is None or (self._steps == 1 and not tensor.reads_oldest))
 
     def commit(self, lengths_B: np.ndarray, past_decoder: bool = True) -> None:
         """Take the rows that the first ``lengths`` new tokens of each sequence complete as held.

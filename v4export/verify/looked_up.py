@@ -49,7 +49,9 @@ class EngramReference:
         sequence = np.concatenate([before, tokens])[None]
         numbers, _ = self.hasher.rows(sequence, self.hasher.empty_history(1))
         own = numbers[layer][0, len(before) :]
-        return own if self.inside else self.tables[layer].gather(own, self.dtype).reshape(len(tokens), -1)
+        if self.inside:
+            return own
+        return self.tables[layer].gather(own, self.dtype).reshape(len(tokens), -1).astype(np.float32)
 
 
 def engram_faults(

@@ -50,7 +50,8 @@ def compressed(kind: str) -> Callable[[], ModelConfig]:
     def make() -> ModelConfig:
         flash = presets.load("deepseek-v4-flash")
         assert flash.compressed is not None
-        attention = replace(flash.compressed, layers=(kind,) * LAYERS, o_groups=4)
+        ratio = {"window": 0, "csa": 4, "hca": 128}[kind]
+        attention = replace(flash.compressed, layers=(kind,) * LAYERS, ratios=(ratio,) * LAYERS, o_groups=4)
         small = {**_SMALL, "moe_layers": tuple(range(LAYERS)), "hash_layers": (), "fp8": None, "fp4_experts": False}
         return replace(flash, **small, compressed=attention)
 

@@ -29,7 +29,7 @@ def layers() -> ModelConfig:
     assert flash.compressed is not None
     return replace(
         flash, num_layers=3, moe_layers=(0, 1, 2), hash_layers=(0,), num_experts=EXPERTS, num_mtp_layers=0,
-        compressed=replace(flash.compressed, layers=("window", "csa", "hca")),
+        compressed=replace(flash.compressed, layers=("window", "csa", "hca"), ratios=(0, 4, 128)),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Engram in any family: transformers' own layers, each given hidden states to which a literal Engram has added.
 
-The paper's form has a convolution, DeepSeek-V4.1's has none (``test_v41.py`` has that family whole).
+The paper's form has a convolution, DeepSeek-V4.1's has none (``test_definition_v41.py`` has that family whole).
 """
 
 from __future__ import annotations

@@ -133,8 +133,8 @@ def _attention(c: ModelConfig) -> str:
 def _engram(e: Engram) -> str:
     rows = " and ".join(f"{rows:,}" for rows in table_rows(e))
     return (
-        f"layers {', '.join(map(str, e.layers))}: {e.heads} hashes of each n-gram of 2 to {e.max_order} tokens, tables of "
-        f"{rows} rows of {e.width}" + (f", convolution of {e.kernel} taps" if e.kernel else "")
+        f"layers {', '.join(map(str, e.layers))}: {e.heads} hashes of each n-gram of 2 to {e.max_order} tokens, "
+        f"tables of {rows} rows of {e.width}" + (f", convolution of {e.kernel} taps" if e.kernel else "")
     )
 
 

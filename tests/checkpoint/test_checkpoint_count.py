@@ -19,6 +19,8 @@ from v4export.checkpoint.count import parameter_counts
         *((f"deepseek-v4-flash{release}", 284_332_230_231, 13.3) for release in ("", "-base", "-0731")),
         *((f"deepseek-v4-pro{release}", 1_572_997_179_491, 48.85) for release in ("", "-base", "-0813")),
         ("kimi-k2", 1_026_408_209_408, 31.7),
+        # No public library has it: what its authors say, 552e9 and 196e9 in tables, 16e9 active.
+        ("deepseek-v4.1-flash", 551_566_149_744 + 314_654_720 + 196_613_849_600, 16.13),
     ],
 )
 def test_published_models(name, total, active_billions):
@@ -26,6 +28,64 @@ def test_published_models(name, total, active_billions):
     assert counts.total == total
     assert counts.active / 1e9 == pytest.approx(active_billions, abs=0.05)
     assert sum(counts.by_part.values()) == total
+
+
+def test_a_token_that_skips_the_decoder():
+    counts = parameter_counts(presets.load("deepseek-v4.1-flash"))
+    assert (counts.active_remembering - counts.by_part["engram_fusion"]) / 1e9 == pytest.approx(7.6, abs=0.05)
+    assert parameter_counts(presets.load("deepseek-v4-flash")).active_remembering is None
+
+
+def test_engram_of_the_release():
+    config = presets.load("deepseek-v4.1-flash")
+    parts = parameter_counts(config).by_part
+    assert parts["engram_tables"] == (384_006_168 + 384_016_682) * 256
+    assert parts["engram_fusion"] == 2 * (5 * 5120 * 6144 + 2 * 4 * 5120)
+
+
+#: Parts of the project's own designs, as they were designed; reasoning layers and their head are not part of them yet.
+DESIGNS = {
+    "v4-1t": {
+        "embedding": 926_679_040,
+        "attention": 61 * 101_122_048,
+        "dense_mlp": 3 * 7168 * 18432,
+        "shared_experts": 60 * 3 * 7168 * 2048,
+        "routed_experts": 60 * 288 * 3 * 7168 * 2048,
+        "router": 60 * 288 * 7168,
+        "engram_tables": (442_373_686 + 442_383_636) * 256,
+        "engram_fusion": 2 * (2 * 7168 * 6144 + 2 * 7168),
+        "norms": 61 * (2 * 7168 + 1536 + 512) + 7168,
+        "head": 926_679_040,
+    },
+    "v4-lite": {
+        "embedding": 330_956_800,
+        "attention": 32 * 22_839_296,
+        "dense_mlp": 3 * 2560 * 10240,
+        "shared_experts": 31 * 3 * 2560 * 2 * 1536,
+        "routed_experts": 31 * 64 * 3 * 2560 * 1536,
+        "router": 31 * 64 * 2560,
+        "engram_tables": (44_681_344 + 44_685_358) * 80,
+        "engram_fusion": 2 * (2 * 2560 * 1280 + 2 * 2560),
+        "norms": 32 * (2 * 2560 + 768 + 512) + 2560,
+        "head": 330_956_800,
+    },
+}
+#: Their sizes with reasoning layers, and with the routers' biases.
+WHOLE = {"v4-1t": 1_000_023_221_632, "v4-lite": 32_997_405_728}
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_own_designs(name):
+    config = presets.load(name)
+    counts = parameter_counts(config)
+    assert counts.by_part == DESIGNS[name]
+    assert counts.total == sum(DESIGNS[name].values())
+    D = config.hidden_size
+    dense = counts.by_part["dense_mlp"] + counts.by_part["attention"] // config.num_layers
+    layer = dense + 2 * D + config.q_lora_rank + config.kv_lora_rank
+    mixing = 3 * D * D + 3 * D
+    biases = len(config.moe_layers) * config.num_experts
+    assert counts.total + biases + 2 * layer + mixing + 2 * D == WHOLE[name]
 
 
 def test_tied_embedding_counts_once():

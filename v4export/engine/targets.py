@@ -16,7 +16,7 @@ from v4export.errors import BadInput, NotSupported, V4Error
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "mxfp4")
 #: What to export where a target lacks a precision, and how to say so.
 FALLBACK = {"mxfp4": "fp8"}
-FALLBACK_NOTES = {"mxfp4": "no FP4: experts are FP8 E4M3 in blocks of 128x128"}
+FALLBACK_NOTES = {"mxfp4": "no FP4: experts are FP8 E4M3 in blocks"}
 PACKAGES = ("tensorrt_rtx", "tensorrt")
 
 

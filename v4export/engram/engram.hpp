@@ -34,7 +34,7 @@ class Error : public std::runtime_error {
       : std::runtime_error(what + "\n  " + values + "\n  " + fix) {}
 };
 
-// The hashes of one layer; see layout.py.
+// The hashes of one layer; see config/hashes.py.
 struct LayerHash {
   std::vector<std::int64_t> multipliers;  // [N]: of the token itself, then of those before it
   std::vector<std::int64_t> primes;       // [(N-1) * heads]: buckets of each hash

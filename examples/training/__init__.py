@@ -1,0 +1,1 @@
+"""A small DeepSeek-V3-like model that can be trained, its data, and its checkpoint."""

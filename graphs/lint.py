@@ -60,7 +60,9 @@ def lint_nodes(model: ir.Model) -> None:
         raise _broken(f"opset {imports['']} where {OPSET} is meant")
     _every_custom_node_has_a_body(model)
     _few_are_selected(model)
+    _bodies_serve_all_their_nodes(model)
     _nothing_is_added_by_scattering(model)
+    _every_input_is_read(model)
     _every_initializer_is_used_and_fits(model)
 
 
@@ -101,7 +103,6 @@ def _every_custom_node_has_a_body(model: ir.Model) -> None:
             raise _broken(f"{node.name}: {node.domain}::{node.op_type} has no function in the model")
         if node.domain and (node.domain, node.op_type) not in BY_NODE:
             raise _broken(f"{node.name}: {node.domain}::{node.op_type} is not one of the project's ops")
-    _bodies_serve_all_their_nodes(model)
 
 
 def _bodies_serve_all_their_nodes(model: ir.Model) -> None:
@@ -113,9 +114,15 @@ def _bodies_serve_all_their_nodes(model: ir.Model) -> None:
             values = {str(n.attributes[attribute].value) for n in nodes if attribute in n.attributes}
             if len(values) > 1 and attribute not in read:
                 raise _broken(f"{domain}::{name} stands in the graph with {attribute} of {', '.join(sorted(values))}")
-        operands = {len(n.inputs) for n in nodes}
-        if len(operands) > 1:
-            raise _broken(f"{domain}::{name} stands in the graph with {operands} inputs")
+        counts = sorted({len(n.inputs) for n in nodes})
+        if len(counts) > 1:
+            raise _broken(f"{domain}::{name} stands in the graph with {' and '.join(map(str, counts))} inputs")
+
+
+def _every_input_is_read(model: ir.Model) -> None:
+    for value in model.graph.inputs:
+        if not value.uses():
+            raise _broken(f"input {value.name} is in the graph and nothing reads it, so TensorRT would leave it out")
 
 
 def _every_initializer_is_used_and_fits(model: ir.Model) -> None:

@@ -136,6 +136,8 @@ class _Stamper:
         for layer in range(decoder):
             self._layer(layer, c.kind(layer), known, state_tensors(c, layer))
         self._layer(decoder, ENTRIES, known, remembered(c, decoder))
+        # Entries that are only added to are not read.
+        self.inputs = [value for value in self.inputs if value.uses()]
         return self._model([])
 
     def _begin(self, caller: Sequence[str]) -> dict[str, ir.Value]:

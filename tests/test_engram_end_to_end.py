@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import call
+from traced import export_bundle
 
 from v4export import api
 from v4export.checkpoint.index import Checkpoint
@@ -29,7 +30,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(hub: Path) -> Path:
-    return api.export(hub, hub.with_name("out"), precision="fp8", max_seq_len=256).bundle.folder
+    return export_bundle(hub, hub.with_name("out"), "fp8").folder
 
 
 @pytest.fixture

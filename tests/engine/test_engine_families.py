@@ -10,9 +10,9 @@ from v4export import api, presets
 from v4export.engine.options import EngineOptions, engine_of
 from v4export.engine.preflight import preflight
 from v4export.engine.profiles import derive_profiles, input_dims
-from v4export.graphs.export import PORTABLE
+from v4export.graphs.export import PORTABLE, REMEMBERING
 from v4export.graphs.stamp import state_name
-from v4export.state_contract import state_tensors
+from v4export.state_contract import may_skip_decoder, state_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -23,9 +23,9 @@ STORED = {"fp16": {"fp16"}, "bf16": {"bf16"}, "fp8": {"fp8"}, "mxfp4": {"fp4", "
 CASES = [
     ("tiny-v3.2", "bf16", "sm80"),
     ("tiny-v3.2", "fp8", "sm89"),
-    ("tiny-v4-fp4", "fp16", "sm86"),
     ("tiny-v4-fp4", "bf16", "sm80"),
     ("tiny-v4-fp4", "mxfp4", "sm120"),
+    ("tiny-v4.1", "fp16", "sm86"),
 ]
 
 
@@ -66,3 +66,7 @@ def test_engine(checkpoint, tmp_path, preset, precision, target):
         assert report.layers["DEQUANTIZE"] > experts
     if precision == "mxfp4":
         assert proofs["the network reads fp4 weights"].startswith(f"{experts} dequantising layers")
+    if may_skip_decoder(config):
+        assert preflight(out / REMEMBERING) == []
+        smaller = engine_of(out / REMEMBERING, config, LENGTH, precision, options)
+        assert (out / smaller.path).stat().st_size == smaller.bytes < report.bytes

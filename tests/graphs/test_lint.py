@@ -51,6 +51,10 @@ def idle_weight(model):
     )
 
 
+def idle_input(model):
+    model.graph.inputs.append(ir.Value(name="idle", shape=ir.Shape(["B"]), type=ir.TensorType(ir.DataType.INT64)))
+
+
 def uneven_layers(model):
     append(model, "layers.2.extra")
 
@@ -62,9 +66,11 @@ def a_node_more_in_every_routed_layer(model):
 
 def second_experts_node(model):
     # Swapped for another node of the layer, so that the count stays right.
+    operands = len(node(model, "MoeExperts").inputs)
     for layer in (1, 2):
         other = next(n for n in model.graph if n.name.startswith(f"layers.{layer}.") and n.op_type == "MoeRoute")
         other.op_type = "MoeExperts"
+        other.resize_inputs(operands)
 
 
 def experts_out_of_order(model):
@@ -88,6 +94,7 @@ BROKEN = {
     no_body_inside_a_body: "v4::Other has no function",
     foreign_op: "com.example::Gelu is not one of the project's ops",
     idle_weight: "weight idle is in the graph and nothing reads it",
+    idle_input: "input idle is in the graph and nothing reads it",
     uneven_layers: r"layer 2 has \d+ nodes",
     a_node_more_in_every_routed_layer: r"layer 1 has \d+ nodes",
     second_experts_node: r"layer 1 \(routed\) has 2 MoeExperts nodes",

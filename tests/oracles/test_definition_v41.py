@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from literal_v41 import LiteralV41
 from runners import OnnxRunner, Runner, TorchRunner, run_batch, run_one
+from traced import export_bundle
 from v41_models import Pair, literal_of, pair
 
 from v4export import api
@@ -164,7 +165,7 @@ class Exported:
     def __init__(self, folder: Path, **options: Any) -> None:
         hub = api.synth("tiny-v4.1", folder / "hub")
         self.literal: LiteralV41 = literal_of(hub)
-        bundle = api.export(hub, folder / "out", precision="fp32", **options).bundle
+        bundle = export_bundle(hub, folder / "out", "fp32", **options)
         how = (bundle.folder, bundle.config, bundle.precision)
         self.executors = [
             OnnxExecutor(*how, max_seq_len=bundle.max_seq_len, threads=1, bodies=bodies) for bodies in (False, True)

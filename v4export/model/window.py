@@ -91,7 +91,7 @@ class WindowAttention(nn.Module):
         return Window(low_MQ, rotate_last(q_MHW, cos, sin), new_BSW)
 
     def since(self, shared: Mapping[str, Tensor]) -> Tensor | None:
-        """The first token that has passed this layer, [B]; None where every model's every token passes every layer."""
+        """The first token that has passed this layer, [B]; None in a model whose every token passes every layer."""
         c = self.config.compressed
         if c is None or c.shared is None:
             return None

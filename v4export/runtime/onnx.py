@@ -169,13 +169,16 @@ class OnnxExecutor:
             kind = self._state_type if self._lookup.tables else _INT64
             binding.looked_up = {engram_name(layer): np.ascontiguousarray(rows) for layer, rows in found.items()}
             inputs |= {name: (rows, kind) for name, rows in binding.looked_up.items()}
+        # The graph of tokens that are only remembered does not read what it only adds to.
+        read = {value.name for value in session.get_inputs()}
         for layer, buffers in enumerate(state.layers):
             for name, buffer in buffers.items():
                 if remembered_only and not buffer.remembered:
                     continue
                 held, room = state.held(layer, name), state.room(layer, name)
                 kind = _FLOAT32 if buffer.tensor.float32 else self._state_type
-                inputs[state_name(layer, name)] = held, kind
+                if state_name(layer, name) in read or not remembered_only:
+                    inputs[state_name(layer, name)] = held, kind
                 binding.bind_output(new_state_name(layer, name), "cpu", 0, kind, room.shape, _address(room))
         for name, (array, kind) in inputs.items():
             binding.bind_input(name, "cpu", 0, kind, array.shape, _address(array))

@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# Two files of tests at a time, a thread each.
+TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .PHONY: help demo test check lint bench clean
 .DEFAULT_GOAL := help
@@ -29,10 +31,10 @@ demo: $(READY)  ## Build the example checkpoint to fp8 with an engine, generate 
 	@echo "The report: demo-out/report.html"
 
 test: lint  ## Run everything that needs no GPU: quick tests, oracles, engines, whole builds.
-	$(BIN)/pytest -m 'not gpu' --durations=10
+	$(TWO) -m 'not gpu' --durations=10
 
 check: $(READY)  ## Run the quick tests.
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(TWO) -m 'not slow and not gpu'
 
 lint: $(READY)  ## Check style and types.
 	$(BIN)/ruff check .

@@ -200,7 +200,7 @@ class _Comparison:
         held = {t.name: torch.from_numpy(r.held[layer, t.name])[None] for t in state_tensors(c, layer)}
 
         def step(one: Block, given: dict[str, torch.Tensor]) -> BlockOutput:
-            """The whole sequence at once over an empty state: neither chunks nor decode, nor absorbed attention."""
+            """All tokens at once over what was held before them: neither chunks nor decode, nor absorbed attention."""
             return one(given["hidden"], given, held, taken, selected)
 
         with Watch(block) as watch:
@@ -227,9 +227,12 @@ class _Comparison:
         return _Seen(out.hidden, rows, out.pre, limits, tuple(choices), lost, carried)
 
     def _share(
-        self, layer: int, shared: dict[str, torch.Tensor], named: dict[str, torch.Tensor],
+        self,
+        layer: int,
+        shared: dict[str, torch.Tensor],
+        named: dict[str, torch.Tensor],
         state: dict[str, torch.Tensor],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Let later layers have what a layer shares."""
         named = named | {STATE + name: value for name, value in state.items()}
         shared |= {name: named[own] for name, own in block_shares(self.config, layer).items()}

@@ -6,13 +6,13 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from v4export.checkpoint.formats import decode
+from v4export.checkpoint.formats import FP8_ROW, decode
 from v4export.checkpoint.tensor import DTYPES, StoredTensor
 from v4export.config.hashes import NO_ROW
 from v4export.engram.storage import StoredRows, corrupt
 from v4export.errors import BadInput
 
-COLUMNS = 32  # that share a multiplier
+COLUMNS = FP8_ROW[1]  # that share a multiplier
 # Data type -> that of its multipliers, if it has any.
 SCALE_OF = {"F8_E4M3": "F8_E8M0", "BF16": None, "F16": None, "F32": None}
 _CHUNK = 1024  # rows decoded at a time, which a cache holds

@@ -78,6 +78,7 @@ class OnnxExecutor:
         self._remembering = functools.cache(lambda: _session(REMEMBERING, (), *how))
         self._lookup = load_feed(folder, self._state_dtype) if config.engram else None
         self.tapped: dict[str, np.ndarray] = {}
+        self._has_decoder = any(map(config.is_decoder, range(config.num_layers)))
         self.tail = config.compressed.window if config.compressed and may_skip_decoder(config) else None
 
     def new_state(self, batch: int = 1) -> State:
@@ -111,7 +112,7 @@ class OnnxExecutor:
         """
         logits = np.empty((*logits_at_BQ.shape, self.config.vocab_size), np.float32)
         given = {"logits_at": logits_at_BQ}
-        if any(map(self.config.is_decoder, range(self.config.num_layers))):
+        if self._has_decoder:
             given[DECODER_START] = state.decoder_start_B
         binding = self._bound(self._session, tokens_BS, state, lengths_B, given, coming)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, _address(logits))
@@ -123,7 +124,7 @@ class OnnxExecutor:
             outputs = binding.get_outputs()[-len(self.taps) :]
             self.tapped = {name: _array(value) for name, value in zip(self.taps, outputs, strict=True)}
             self.tapped |= {name: rows.reshape(-1, rows.shape[-1]) for name, rows in binding.looked_up.items()}
-        state.commit(np.full(len(tokens_BS), tokens_BS.shape[1]) if lengths_B is None else lengths_B)
+        state.commit(_advance(tokens_BS, lengths_B))
         return logits
 
     def remember(
@@ -142,8 +143,7 @@ class OnnxExecutor:
         binding = self._bound(self._remembering(), tokens_BS, state, lengths_B, {}, coming, remembered_only=True)
         with _explained(self._folder):
             self._remembering().run_with_iobinding(binding)
-        lengths_B = np.full(len(tokens_BS), tokens_BS.shape[1]) if lengths_B is None else lengths_B
-        state.commit(lengths_B, past_decoder=False)
+        state.commit(_advance(tokens_BS, lengths_B), past_decoder=False)
 
     def _bound(
         self,
@@ -170,14 +170,14 @@ class OnnxExecutor:
             binding.looked_up = {engram_name(layer): np.ascontiguousarray(rows) for layer, rows in found.items()}
             inputs |= {name: (rows, kind) for name, rows in binding.looked_up.items()}
         # The graph of tokens that are only remembered does not read what it only adds to.
-        read = {value.name for value in session.get_inputs()}
+        read = {value.name for value in session.get_inputs()} if remembered_only else None
         for layer, buffers in enumerate(state.layers):
             for name, buffer in buffers.items():
                 if remembered_only and not buffer.remembered:
                     continue
                 held, room = state.held(layer, name), state.room(layer, name)
                 kind = _FLOAT32 if buffer.tensor.float32 else self._state_type
-                if state_name(layer, name) in read or not remembered_only:
+                if read is None or state_name(layer, name) in read:
                     inputs[state_name(layer, name)] = held, kind
                 binding.bind_output(new_state_name(layer, name), "cpu", 0, kind, room.shape, _address(room))
         for name, (array, kind) in inputs.items():
@@ -191,6 +191,11 @@ _FLOAT32, _INT64 = int(ir.DataType.FLOAT), int(ir.DataType.INT64)
 
 #: onnxruntime refuses a null address even for an empty tensor.
 _NOWHERE = np.zeros(1, np.int64)
+
+
+def _advance(tokens_BS: np.ndarray, lengths_B: np.ndarray | None) -> np.ndarray:
+    """By how many tokens each sequence advances, [B]."""
+    return np.full(len(tokens_BS), tokens_BS.shape[1]) if lengths_B is None else lengths_B
 
 
 def _array(value: Any) -> np.ndarray:

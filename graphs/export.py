@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,40 @@ from v4export.config import ModelConfig
 from v4export.engram.files import write as write_engram
 from v4export.graphs.lint import Lint, lint, lint_nodes
 from v4export.graphs.lower import lower_for_cpu
-from v4export.graphs.stamp import stamp, stamp_remembering
-from v4export.graphs.trace import ENTRIES, trace_parts
+from v4export.graphs.stamp import stamp, stamp_remembering, stamp_thinking
+from v4export.graphs.trace import ENTRIES, THINK, THINK_MIX, THINK_STEP, trace_parts
 from v4export.graphs.weights import place
 from v4export.precision import Precision
 from v4export.progress import Stages
 
 PORTABLE = "model.onnx"
-LOWERED_FOR_CPU = "model.cpu.onnx"
 #: The same of a model with a decoder, for tokens that do not pass it.
 REMEMBERING = "remember.onnx"
-REMEMBERING_FOR_CPU = "remember.cpu.onnx"
-#: All that there may be.
-GRAPHS = (PORTABLE, LOWERED_FOR_CPU, REMEMBERING, REMEMBERING_FOR_CPU)
+#: Of a model that thinks: a whole thought; one step of one, for a caller that loops; and what a thought comes to.
+THINKING, THINKING_STEP, THINKING_MIX = "think.onnx", "think_step.onnx", "think_mix.onnx"
+
+
+def for_cpu(graph: str) -> str:
+    """Name of onnxruntime's copy of a portable graph."""
+    return graph.removesuffix(".onnx") + ".cpu.onnx"
+
+
+LOWERED_FOR_CPU = for_cpu(PORTABLE)
+
+Stamp = Callable[..., ir.Model]
+#: Every portable graph that there may be: the part without which there is none, and what makes it.
+STAMPS: dict[str, tuple[str, Stamp]] = {
+    PORTABLE: ("embed", stamp),
+    REMEMBERING: (ENTRIES, stamp_remembering),
+    THINKING: (THINK, partial(stamp_thinking, part=THINK)),
+    THINKING_STEP: (THINK_STEP, partial(stamp_thinking, part=THINK_STEP)),
+    THINKING_MIX: (THINK_MIX, partial(stamp_thinking, part=THINK_MIX)),
+}
+
+
+def graphs_in(folder: Path) -> list[str]:
+    """Names of the portable graphs of a bundle."""
+    return [name for name in STAMPS if (folder / name).exists()]
 
 
 @dataclass(frozen=True)
@@ -92,18 +114,18 @@ def export_graphs(
         lie = placement.beside
         found = {layer: (lie[data.name], lie[scale.name] if scale else None) for layer, (data, scale) in tables.items()}
         write_engram(out, config.engram, token_map, found)
-    graphs = {PORTABLE: stamp(config, precision, parts, placement.tensors, out)}
+    made = (config, precision, parts, placement.tensors, out)
+    graphs = {name: make(*made) for name, (part, make) in STAMPS.items() if part in parts}
     proved = lint(graphs[PORTABLE], config, parts)
-    if ENTRIES in parts:
-        graphs[REMEMBERING] = stamp_remembering(config, precision, parts, placement.tensors, out)
-        lint_nodes(graphs[REMEMBERING])
-    copies, counts = {PORTABLE: LOWERED_FOR_CPU, REMEMBERING: REMEMBERING_FOR_CPU}, {}
+    for name in graphs.keys() - {PORTABLE}:
+        lint_nodes(graphs[name])
+    counts = {}
     with stages.stage("graph", 2 * len(graphs)) as advance:
         for name, graph in graphs.items():
             ir.save(graph, out / name)
             advance(1)
             lowered = lower_for_cpu(out / name)
-            ir.save(lowered, out / copies[name])
+            ir.save(lowered, out / for_cpu(name))
             counts[name] = len(lowered.graph)
             advance(1)
     return Graphs(
@@ -114,7 +136,7 @@ def export_graphs(
         placement.pointed_bytes,
         placement.written_bytes,
         sum(t.nbytes for t in beside.values()),
-        tuple(file for name in graphs for file in (name, copies[name])),
+        tuple(file for name in graphs for file in (name, for_cpu(name))),
     )
 
 

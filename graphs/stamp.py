@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.tensor_adapters import from_torch_dtype
 
 from v4export.config import ModelConfig
-from v4export.graphs.trace import CALLER, DECODER_START, ENTRIES, Part
+from v4export.graphs.trace import CALLER, DECODER_START, ENTRIES, ROWS, Part
 from v4export.graphs.weights import Placed, numpy_dtype
 from v4export.model.block import STATE, block_shares
 from v4export.model.load import hub_name
@@ -91,6 +92,22 @@ def stamp_remembering(
     return _Stamper(config, precision, parts, weights, base).remembering()
 
 
+def stamp_thinking(
+    config: ModelConfig,
+    precision: Precision,
+    parts: Mapping[str, Part],
+    weights: Mapping[str, Placed],
+    base: Path,
+    *,
+    part: str,
+) -> ir.Model:
+    """The graph of a thought, of one step of one, or of what one comes to, by the name of its ``part``.
+
+    Other args as for ``stamp``.
+    """
+    return _Stamper(config, precision, parts, weights, base).thinking(part)
+
+
 #: How the graph's values are called that leave a block, state apart.
 _NAMES = {
     "hidden": hidden_name,
@@ -124,9 +141,46 @@ class _Stamper:
             known[DECODER_START] = self._input(DECODER_START, CALLER["position"], ir.DataType.INT64)
         for layer in range(c.num_layers):
             self._layer(layer, c.kind(layer), known, state_tensors(c, layer))
-        (logits,) = self._place(self.parts["head"], "head.", None, known).values()
-        logits.name, logits.shape = "logits", ir.Shape(["B", "Q", c.vocab_size])
-        return self._model([logits])
+        said = self._place(self.parts["head"], "head.", None, known)
+        for name, value in said.items():
+            value.name, value.shape = name, ir.Shape(self._shapes()[name])
+        if c.thinks:
+            self._reasoning_rows(known)
+        return self._model([*said.values()])
+
+    def _reasoning_rows(self, known: Mapping[str, ir.Value]) -> None:
+        """What reasoning layers keep of the step's tokens."""
+        rows = self._place(self.parts[ROWS], f"{ROWS}.", None, known)
+        for j, value in enumerate(rows.values()):
+            (tensor,) = state_tensors(self.config, self.config.num_layers + j)
+            value.name = new_state_name(self.config.num_layers + j, tensor.name)
+            value.shape = ir.Shape(["B", tensor.returned_dim, tensor.width])
+            self.new_state.append(value)
+
+    def thinking(self, name: str) -> ir.Model:
+        """One of the graphs of thoughts: a part by itself. What it returns of an input is called ``new_`` that."""
+        part, layers = self.parts[name], self.config.num_layers
+        state = {f"latent.{j}": state_name(layers + j, "latent") for j in range(self.config.state_layers - layers)}
+        read = {
+            one: self._input(state.get(one, one), activation.dims, from_torch_dtype(activation.dtype))
+            for one, activation in part.reads.items()
+        }
+        out, shapes = self._place(part, f"{name}.", None, read), self._shapes()
+        outputs = [value for one, value in out.items() if one in shapes]
+        for one, value in out.items():
+            value.name = f"new_{one}" if one in read else one
+            value.shape = ir.Shape(shapes[one]) if one in shapes else value.shape
+        return self._model(outputs)
+
+    def _shapes(self) -> dict[str, tuple[int | str, ...]]:
+        """What graphs return besides new rows of the state, by name."""
+        c, each = self.config, ("B", "Q")
+        shapes: dict[str, tuple[int | str, ...]] = {"logits": (*each, c.vocab_size)}
+        if c.reasoning is None:
+            return shapes
+        shapes |= dict.fromkeys(("trunk", "thought"), (*each, c.hidden_size)) | dict.fromkeys(("weight", "token"), each)
+        own = {f"own.{j}": ("P+1", *each, c.thinker.latent_dim) for j in range(c.reasoning.layers)}
+        return shapes | {"tokens": (*each, c.reasoning.steps - 2)} | own
 
     def remembering(self) -> ir.Model:
         c = self.config
@@ -197,10 +251,10 @@ class _Stamper:
         values: dict[ir.Value | None, list[ir.Value | None]] = {None: [None]}
         values |= {
             formal: [activations[name]]
-            for name, formal in zip(part.activations, part.graph.inputs, strict=False)
+            for name, formal in zip(part.reads, part.graph.inputs, strict=False)
             if formal.uses()
         }
-        for formal, name in zip(part.graph.inputs[len(part.activations) :], part.weights, strict=True):
+        for formal, name in zip(part.graph.inputs[len(part.reads) :], part.weights, strict=True):
             values[formal] = list(self._weights_of(name, layer))
         for initializer in part.graph.initializers.values():
             values[initializer] = [self._constant(initializer)]

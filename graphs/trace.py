@@ -32,8 +32,10 @@ from v4export.model.block import (
     block_returns,
     embed_returns,
     head_reads,
+    head_returns,
 )
 from v4export.model.linear import Storage
+from v4export.model.reasoning import ThinkingHead
 from v4export.model.rope import rotations
 from v4export.model.shared_entries import HELD, NEW
 from v4export.plugins import BY_NODE, OPS
@@ -50,9 +52,13 @@ DECODER_START = "decoder_start"
 #: Name of the part that makes the entries of the decoder's first layer, for tokens that do not pass it.
 ENTRIES = "entries"
 
+#: Parts of a model that thinks: what its reasoning layers keep of a step's tokens; a whole thought; one step of one;
+#: what a thought comes to.
+ROWS, THINK, THINK_STEP, THINK_MIX = "reasoning", "think", "think_step", "think_mix"
+
 #: Sizes the tracer plugs in for each letter; T/n and S/n are rows that stand for n tokens. All differ and none is 0 or
 #: 1, lest torch.export take two for the same or for a constant.
-_SIZES = {"B": 2, "S": 1003, "M": 2006, "T": 5, "Q": 7, "K": 11, "N": 13}
+_SIZES = {"B": 2, "S": 1003, "M": 2006, "T": 5, "Q": 7, "K": 11, "N": 13, "P": 3}
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,14 @@ class Part:
     """One traced kind of part.
 
     Attributes:
-        graph: inputs are ``activations`` followed by ``weights``.
-        activations: names of the activation inputs.
+        graph: inputs are those of ``reads`` followed by ``weights``.
+        reads: the activation inputs by name.
         weights: names of the weight inputs, the module's parameter names.
         outputs: names of the outputs.
     """
 
     graph: ir.Graph
-    activations: tuple[str, ...]
+    reads: Mapping[str, Activation]
     weights: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -101,12 +107,16 @@ Call = Callable[[Callable[..., Any], dict[str, torch.Tensor]], Any]
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is to be traced: a module, its activations, how it is called with them, and names of what it returns."""
+    """What is to be traced: a module, its activations, how it is called with them, and names of what it returns.
+
+    Of a partial module most weights take no part.
+    """
 
     module: nn.Module
     reads: dict[str, Activation]
     call: Call
     returns: tuple[str, ...]
+    partial: bool = False
 
 
 class _Functional(nn.Module):
@@ -125,7 +135,14 @@ class _Functional(nn.Module):
 
 
 def _in_order(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
-    return run(*named.values())
+    return _flat(run(*named.values()))
+
+
+def _flat(returned: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors of what a module returns, however they are nested, in order."""
+    if returned is None or isinstance(returned, torch.Tensor):
+        return () if returned is None else (returned,)
+    return tuple(tensor for part in returned for tensor in _flat(part))
 
 
 def _held_by(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,7 +152,8 @@ def _held_by(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def trace_parts(config: ModelConfig, precision: Precision, *, absorbed: bool = True) -> dict[str, Part]:
     """Trace what the model is made of: ``embed``, a block of each kind that occurs, ``head``.
 
-    A model with a decoder also has the part ``entries``: what the decoder's first layer keeps of a token.
+    A model with a decoder also has the part ``entries``: what the decoder's first layer keeps of a token. One that
+    thinks has the parts ``reasoning``, ``think``, ``think_step`` and ``think_mix``.
     """
     storage = storage_of(precision)
     known = _activations(config, storage.dtype)
@@ -162,7 +180,8 @@ def trace_parts(config: ModelConfig, precision: Precision, *, absorbed: bool = T
             out = run(named["hidden"], named, _held_by(named))
             return tuple(out[name] for name in returns)
 
-        return _Kind(_Entries(config, layer, storage, absorbed, experts=1), reads(layer), call, returns)
+        part = _Entries(config, layer, storage, absorbed, experts=1)
+        return _Kind(part, reads(layer), call, returns, partial=True)
 
     with torch.device("meta"):
         embed, head = Embed(config, storage), Head(config, storage)
@@ -175,10 +194,47 @@ def trace_parts(config: ModelConfig, precision: Precision, *, absorbed: bool = T
             ),
             **{kind: block(layer) for kind, layer in config.kinds.items()},
             **({ENTRIES: entries(_decoder(config))} if may_skip_decoder(config) else {}),
-            "head": _Kind(head, {name: known[name] for name in head_reads(config)}, _in_order, ("logits",)),
+            "head": _Kind(
+                head, {name: known[name] for name in head_reads(config)}, _in_order, tuple(head_returns(config))
+            ),
+            **(_thinking(config, storage, known, absorbed) if config.thinks else {}),
         }
     with _quiet():
         return {name: _trace(kind) for name, kind in kinds.items()}
+
+
+def _thinking(
+    config: ModelConfig, storage: Storage, known: Mapping[str, Activation], absorbed: bool
+) -> dict[str, _Kind]:
+    """The parts of a model that thinks, which are methods of its head."""
+    assert config.reasoning is not None
+    dtype, W, K = storage.dtype, config.thinker.latent_dim, config.reasoning.steps
+    layers = range(config.reasoning.layers)
+    hidden = Activation(("B", "Q", config.hidden_size), dtype)
+    at, entering = {"thought_at": Activation(("B", "Q"))}, {"entering": Activation(("B", "Q"))}
+    latents = {f"latent.{j}": Activation(("B", "T", W), dtype) for j in layers}
+    own = {f"own.{j}": Activation(("P", "B", "Q", W), dtype) for j in layers}
+    tokens = ["tokens"] if K > 2 else []
+    kept = {name: known[name] for name in ("hidden", "position", *head_reads(config)[2:])}
+
+    def kind(method: Callable[..., Any], reads: dict[str, Activation], returns: Sequence[str]) -> _Kind:
+        part = type(method.__name__, (ThinkingHead,), {"forward": method})(config, storage, absorbed)
+        return _Kind(part, reads, _in_order, tuple(returns), partial=True)
+
+    return {
+        ROWS: kind(ThinkingHead.rows, kept, [*latents]),
+        THINK: kind(
+            ThinkingHead.think,
+            {"trunk": hidden} | at | latents,
+            ["logits", "weight", *tokens, *(f"thought.{k}.{j}" for k in range(1, K + 1) for j in layers)],
+        ),
+        THINK_STEP: kind(
+            ThinkingHead.step,
+            {"thought": hidden} | entering | at | latents | own,
+            ["thought", "token", *own, *(f"thought.{j}" for j in layers)],
+        ),
+        THINK_MIX: kind(ThinkingHead.mix, {"trunk": hidden, "thought": hidden}, ["logits", "weight"]),
+    }
 
 
 class _Entries(Block):
@@ -251,10 +307,10 @@ def _trace(kind: _Kind) -> Part:
     graph = program.model.graph
     _complete_types(graph)
     weights = graph.inputs[len(kind.reads) :]
-    for value in [value for value in weights if isinstance(kind.module, _Entries) and not value.uses()]:
+    for value in [value for value in weights if kind.partial and not value.uses()]:
         graph.inputs.remove(value)
     used = {value.name for value in graph.inputs}
-    return Part(graph, tuple(kind.reads), tuple(n for n in names if f"weight:{n}" in used), kind.returns)
+    return Part(graph, kind.reads, tuple(n for n in names if f"weight:{n}" in used), kind.returns)
 
 
 def _complete_types(graph: ir.Graph) -> None:

@@ -47,6 +47,8 @@ from v4export.plugins.sparse_attention import onnx as sparse_attention_onnx
 from v4export.plugins.sparse_attention.op import sparse_attention
 from v4export.plugins.sparse_latent_attention import onnx as sparse_latent_attention_onnx
 from v4export.plugins.sparse_latent_attention.op import sparse_latent_attention
+from v4export.plugins.thought_attention import onnx as thought_attention_onnx
+from v4export.plugins.thought_attention.op import thought_attention
 from v4export.plugins.window_attention import onnx as window_attention_onnx
 from v4export.plugins.window_attention.op import window_attention
 
@@ -87,6 +89,7 @@ OPS = tuple(
         (engram_conv, DOMAIN, engram_conv_onnx),
         (latent_attention, DOMAIN, latent_attention_onnx),
         (sparse_latent_attention, DOMAIN, sparse_latent_attention_onnx),
+        (thought_attention, DOMAIN, thought_attention_onnx),
         (index_select, DOMAIN, index_select_onnx),
         (candidate_select, DOMAIN, candidate_select_onnx),
         (index_reselect, DOMAIN, index_reselect_onnx),

@@ -68,13 +68,16 @@ class Step:
         operands: of its node.
         batch: B, as int64 [1].
         steps: S, as int64 [1].
-        position: tokens already held by each sequence, [B].
+        position: tokens already held by each sequence, [B]; only ``attend`` does without.
     """
 
-    def __init__(self, b: Body, operands: Operands, batch: ir.Value, steps: ir.Value, position: ir.Value) -> None:
+    def __init__(
+        self, b: Body, operands: Operands, batch: ir.Value, steps: ir.Value, position: ir.Value | None = None
+    ) -> None:
         self.b, self.operands, self.batch, self.steps = b, operands, batch, steps
-        self.position = b.reshape(position, -1, 1, 1)
-        self.step = b.reshape(b.arange(steps), 1, -1, 1)
+        if position is not None:
+            self.position = b.reshape(position, -1, 1, 1)
+            self.step = b.reshape(b.arange(steps), 1, -1, 1)
 
     def window(self, new: ir.Value, ring: ir.Value, since: ir.Value | None = None) -> list[Segment]:
         """The R newest tokens of each query: from a ring [B, R, W], token t at ``t % R``, and from the new rows.

@@ -24,6 +24,7 @@ EXPORT = [
     "--layers",
     "--copy-weights",
     "--engram-inside",
+    "--think-steps",
     "--no-scan",
     "--force",
     "--fp16",
@@ -68,6 +69,10 @@ SURFACE = {
             "--stop",
             "--ignore-eos",
             "--skip-decoder",
+            "--think",
+            "--think-threshold",
+            "--verbose",
+            "-v",
             "--threads",
             "--device",
             "--json",
@@ -163,10 +168,15 @@ def test_layers_that_are_no_range(capfd, tmp_path, layers):
     assert found.code == 2 and f"--layers {layers} is not a range" in found.err
 
 
-@pytest.mark.parametrize("layers", ["1:2", "0:0", "0:9", "-1"])
+@pytest.mark.parametrize("layers", ["0:0", "0:9", "-1"])
 def test_layers_that_the_model_does_not_have(capfd, tmp_path, trained_checkpoint, layers):
     found = call(capfd, "export", trained_checkpoint, "-o", tmp_path / "out", f"--layers={layers}")
     assert found.code == 2 and "it has 4 layers" in found.err and not list(tmp_path.iterdir())
+
+
+def test_layers_that_are_not_the_first_ones(capfd, tmp_path, trained_checkpoint):
+    found = call(capfd, "export", trained_checkpoint, "-o", tmp_path / "out", "--layers", "1:2")
+    assert found.code == 2 and "1:2" in found.err and "--layers 0:N" in found.err and not list(tmp_path.iterdir())
 
 
 def test_inspect(capfd, trained_checkpoint):
@@ -228,7 +238,7 @@ def test_export(capfd, tmp_path, trained_checkpoint):
     )
     assert again.code == 0 and again.err == ""
     result = json.loads(again.out)
-    assert result["graphs"]["nodes"] > 100 and result["engine"] is None and result["verification"] is None
+    assert result["graphs"]["nodes"] > 100 and result["engines"] == {} and result["verification"] is None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
@@ -336,7 +346,7 @@ def test_build_with_engine(capfd, tmp_path, trained_checkpoint, precision):
     assert re.fullmatch(LAST.format("build"), found.last) and found.last.startswith("PASSED | 2 layers")
     assert "built, not run" in found.out and found.err.splitlines()[-1].startswith("engine ")
     bundle = Bundle.open(out)
-    assert bundle.config.num_layers == 2 and bundle.manifest["engine"]["targets"] == ["sm89"]
+    assert bundle.config.num_layers == 2 and bundle.manifest["engines"]["model.onnx"]["targets"] == ["sm89"]
     assert (out / "model.engine").stat().st_size == bundle.manifest["files"]["model.engine"]["bytes"]
 
 
@@ -349,7 +359,7 @@ def test_a_target_without_fp4_gets_experts_in_fp8(capfd, tmp_path):
     assert found.code == 0, found.err
     assert "sm89 has no FP4" in found.out and ", fp8)" in found.out and ", mxfp4)" not in found.out
     manifest = Bundle.open(tmp_path / "out").manifest
-    assert manifest["precision"] == manifest["engine"]["precision"] == "fp8"
+    assert manifest["precision"] == manifest["engines"]["model.onnx"]["precision"] == "fp8"
     assert "sm89 has no FP4" in manifest["precision_note"]
 
 
@@ -359,9 +369,9 @@ def test_engine_of_a_bundle(capfd, tmp_path, trained_checkpoint):
     out = export_bundle(trained_checkpoint, tmp_path / "out", "fp32").folder
     found = call(capfd, "engine", out, "--target", "sm86", "--json")
     assert found.code == 0, found.err
-    assert json.loads(found.out)["targets"] == ["sm86"]
+    assert json.loads(found.out)["model.onnx"]["targets"] == ["sm86"]
     manifest = Bundle.open(out).manifest
-    assert manifest["engine"]["sha256"] == manifest["files"]["model.engine"]["sha256"]
+    assert manifest["engines"]["model.onnx"]["sha256"] == manifest["files"]["model.engine"]["sha256"]
     assert manifest["precision"] == "fp32" and manifest["format"] == 1
     assert not list(out.glob("*.partial"))
     assert call(capfd, "verify", out, "--decode", 0).code == 0

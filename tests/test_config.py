@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4export import presets
-from v4export.config import CSA, HCA, WINDOW, Fp8Blocks, Indexer, Yarn
+from v4export.config import CSA, ENTROPY, HCA, MARGIN, WINDOW, Fp8Blocks, Indexer, Reasoning, Yarn
 from v4export.config.keys import COMMON
 from v4export.config.readers import FAMILIES, read_config, to_hub_config
 from v4export.config.values import REQUIRED
@@ -455,3 +455,104 @@ def test_v4_is_written_as_deepseek_writes_it():
         key: value for key, value in written.items() if key in published
     } | {"rope_scaling": published["rope_scaling"]}
     assert published.keys() - written.keys() == {"attention_dropout", "initializer_range", "use_cache"}
+
+
+THOUGHTS = {"reasoning_num_layers": 2, "reasoning_num_steps": 4}
+#: What reasoning layers cannot have in common with attention that is not latent.
+LATENT_SIZES = {
+    "reasoning_kv_lora_rank": 24,
+    "reasoning_qk_nope_head_dim": 16,
+    "reasoning_v_head_dim": 16,
+    "reasoning_intermediate_size": 80,
+}
+SIZE = st.integers(1, 1 << 20)
+REASONING = st.builds(
+    Reasoning,
+    SIZE,
+    st.integers(0, 99),
+    num_heads=st.none() | SIZE,
+    q_lora_rank=st.none() | SIZE,
+    kv_lora_rank=SIZE,
+    qk_nope_head_dim=SIZE,
+    qk_rope_head_dim=st.none() | SIZE.map(lambda pairs: 2 * pairs),
+    v_head_dim=SIZE,
+    intermediate_size=SIZE,
+    confidence=st.sampled_from([ENTROPY, MARGIN]),
+    threshold=st.floats(0, 1e6),
+)
+V4X = replace(presets.load("tiny-v3"), family="v4x")
+CARRIERS = {name: presets.load(name) for name in ("tiny-v3", "tiny-v3.2", "tiny-v4", "tiny-v4.1")} | {"v4x": V4X}
+
+
+@pytest.mark.parametrize("base", CARRIERS.values(), ids=CARRIERS)
+@settings(max_examples=20, deadline=None)
+@given(reasoning=REASONING)
+def test_any_family_may_have_reasoning_layers(base, reasoning):
+    config = replace(base, reasoning=reasoning)
+    assert read_config(json.loads(json.dumps(to_hub_config(config)))) == config
+    assert config.thinks == (reasoning.steps > 0)
+    assert config.state_layers == base.num_layers + (reasoning.layers if config.thinks else 0)
+
+
+def test_no_reasoning_layers():
+    assert presets.load("tiny-v3").reasoning is None and not presets.load("tiny-v3").thinks
+    assert not any(key.startswith("reasoning_") for key in to_hub_config(presets.load("tiny-v3")))
+    assert read_config(raw(**dict.fromkeys(THOUGHTS | LATENT_SIZES))) == presets.load("tiny-v3")
+
+
+def test_reasoning_layers_have_the_sizes_of_the_models_own():
+    config = read_config(raw(**THOUGHTS))
+    assert config == replace(presets.load("tiny-v3"), reasoning=Reasoning(2, 4, confidence=ENTROPY, threshold=1.0))
+    own = config.thinker
+    assert own == replace(presets.load("tiny-v3"), num_layers=2, moe_layers=())
+    assert read_config(raw(**THOUGHTS, reasoning_num_heads=3)).thinker == replace(own, num_heads=3)
+    assert read_config(raw("tiny-v3.2", **THOUGHTS)).thinker.indexer is None
+
+
+@pytest.mark.parametrize("name", ["tiny-v4", "tiny-v4.1"])
+def test_reasoning_layers_beside_compressed_attention(name):
+    reasoning = Reasoning(2, 4, kv_lora_rank=24, qk_nope_head_dim=16, v_head_dim=16, intermediate_size=80)
+    config = replace(presets.load(name), reasoning=reasoning)
+    own = config.thinker
+    assert own.latent_dim == 24 + config.qk_rope_head_dim
+    assert (own.num_heads, own.q_lora_rank) == (config.num_heads, config.q_lora_rank)
+    assert own.compressed is own.indexer is own.hyper is own.engram is None and own.hash_layers == ()
+    # Rotated as entries are: neither cos and sin nor the softmax scale are stretched.
+    assert (own.rope_theta, own.yarn.factor) == (config.compressed.rope_theta, config.yarn.factor)
+    assert own.yarn.rotary_magnitude == own.yarn.softmax_correction == 1
+    assert own.softmax_scale == own.qk_head_dim**-0.5
+
+
+def test_thoughts_of_no_steps():
+    config = read_config(raw(**THOUGHTS | {"reasoning_num_steps": 0}))
+    assert config.reasoning == Reasoning(2, 0)
+    assert not config.thinks and config.state_layers == config.num_layers
+
+
+@pytest.mark.parametrize("missing", [list(LATENT_SIZES), ["reasoning_kv_lora_rank"], ["reasoning_v_head_dim"]])
+def test_reasoning_layers_of_no_size(missing):
+    given = {key: value for key, value in LATENT_SIZES.items() if key not in missing}
+    with pytest.raises(BadInput, match=f"sizes of the reasoning layers are missing\n *{', '.join(missing)};"):
+        read_config(raw("tiny-v4", **THOUGHTS | given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "shown"),
+    [
+        ({"reasoning_num_layers": 2}, BadInput, r"reasoning are missing\n *reasoning\.steps"),
+        ({"reasoning_num_steps": 4}, BadInput, r"reasoning are missing\n *reasoning\.layers"),
+        ({"reasoning_threshold": 2.0}, BadInput, r"reasoning are missing\n *reasoning\.layers, reasoning\.steps"),
+        (THOUGHTS | {"reasoning_num_layers": 0}, BadInput, "reasoning_num_layers = 0"),
+        (THOUGHTS | {"reasoning_num_steps": -1}, BadInput, "reasoning_num_steps = -1"),
+        (THOUGHTS | {"reasoning_num_heads": 0}, BadInput, "reasoning_num_heads = 0"),
+        (THOUGHTS | {"reasoning_qk_rope_head_dim": 7}, BadInput, "reasoning_qk_rope_head_dim = 7"),
+        (THOUGHTS | {"reasoning_confidence": "doubt"}, NotSupported, "reasoning_confidence = 'doubt'"),
+        (THOUGHTS | {"reasoning_confidence": None}, BadInput, "reasoning_confidence = None"),
+        (THOUGHTS | {"reasoning_threshold": -0.5}, BadInput, "reasoning_threshold = -0.5"),
+        (THOUGHTS | {"reasoning_threshold": True}, BadInput, "reasoning_threshold = True"),
+        (THOUGHTS | {"reasoning_layers": 2}, BadInput, "not known: reasoning_layers"),
+    ],
+)
+def test_reasoning_layers_that_cannot_be(changes, error, shown):
+    with pytest.raises(error, match=shown):
+        read_config(raw(**changes))

@@ -7,7 +7,7 @@ import pytest
 
 from v4export import presets
 from v4export.checkpoint.count import parameter_counts
-from v4export.config import CSA, HCA, WINDOW, Fp8Blocks, Indexer
+from v4export.config import CSA, HCA, WINDOW, Fp8Blocks, Indexer, Reasoning
 from v4export.errors import BadInput
 
 PUBLISHED = ["deepseek-v2-lite", "deepseek-v3", "deepseek-v3.1", "kimi-k2"]
@@ -50,6 +50,10 @@ def test_published_numbers():
 def test_v32_is_v31_with_an_indexer():
     v32, v31 = presets.load("deepseek-v3.2"), presets.load("deepseek-v3.1")
     assert v32 == replace(v31, family="deepseek_v32", indexer=Indexer(64, 128, 2048))
+
+
+def test_own_designs_think():
+    assert [presets.load(name).reasoning for name in OWN] == [Reasoning(layers=2, steps=8)] * 2
 
 
 def test_v4_releases():

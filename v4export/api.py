@@ -16,6 +16,7 @@ from v4export.checkpoint.count import ParameterCounts, parameter_counts
 from v4export.checkpoint.index import Checkpoint
 from v4export.checkpoint.synth import synth as write_checkpoint
 from v4export.config import ModelConfig
+from v4export.config.chosen import UNCHANGED, Chosen
 from v4export.config.readers import read_config
 from v4export.engine.build import EngineReport
 from v4export.engine.options import (
@@ -28,12 +29,13 @@ from v4export.engine.options import (
 )
 from v4export.engram.vocabulary import read_token_map
 from v4export.errors import BadInput
-from v4export.graphs.export import PORTABLE, REMEMBERING, Graphs, export_graphs
+from v4export.graphs.export import Graphs, export_graphs, graphs_in
 from v4export.package.bundle import Bundle, whole_folder, write_manifest
 from v4export.precision import precision as find_precision
 from v4export.progress import Stages
 from v4export.runtime.generate import Generation, run_text
 from v4export.runtime.onnx import OnnxExecutor
+from v4export.runtime.pausing import Pausing
 from v4export.runtime.sampling import Sampling
 from v4export.runtime.tokenizer import TOKENIZER_FILES, load_tokenizer
 from v4export.state_contract import bytes_per_token, fixed_bytes
@@ -58,8 +60,7 @@ class Built:
         graphs: what was exported.
         note: why the precision is not the one asked for, if it is not.
         verification: how the graph compares with the PyTorch definition, if it was verified.
-        engine: what TensorRT built, if it was asked to.
-        remember_engine: the same for tokens that do not pass the decoder, of a model that has one.
+        engines: what TensorRT built of each graph, by the graph's name, if it was asked to.
     """
 
     bundle: Bundle
@@ -67,8 +68,7 @@ class Built:
     graphs: Graphs
     note: str | None = None
     verification: Verification | None = None
-    engine: EngineReport | None = None
-    remember_engine: EngineReport | None = None
+    engines: dict[str, EngineReport] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Inspection:
     audit: str | None = None
 
 
-def open_checkpoint(model: str | Path, layers: range | None = None) -> Checkpoint:
-    """A checkpoint directory, or its first layers only.
+def open_checkpoint(model: str | Path, chosen: Chosen = UNCHANGED) -> Checkpoint:
+    """A checkpoint directory, its model changed as the user chose.
 
     Raises:
-        BadInput: there is no such directory, or it is not a checkpoint this project reads.
+        BadInput: there is no such directory, or it is not a checkpoint this project reads, or it lacks what was chosen.
     """
     path = Path(model)
     if not path.exists() and str(model) in presets.names():
@@ -103,16 +103,7 @@ def open_checkpoint(model: str | Path, layers: range | None = None) -> Checkpoin
             "give a Hugging Face checkpoint directory",
         )
     checkpoint = Checkpoint.open(path)
-    if layers is None:
-        return checkpoint
-    config = checkpoint.config
-    if layers.start != 0 or not 0 < layers.stop <= config.num_layers:
-        raise BadInput(
-            f"layers {layers.start}:{layers.stop} are not a first part of the model",
-            f"it has {config.num_layers} layers",
-            "give --layers 0:N",
-        )
-    return replace(checkpoint, config=config.first_layers(layers.stop))
+    return replace(checkpoint, config=chosen.of(checkpoint.config))
 
 
 def inspect(model: str | Path) -> Inspection:
@@ -145,6 +136,7 @@ def build(
     layers: range | None = None,
     copy_weights: bool = False,
     engram_inside: bool = False,
+    think_steps: int | None = None,
     scan_values: bool = True,
     force: bool = False,
     verify: bool = True,
@@ -165,6 +157,7 @@ def build(
         layers: use only the first layers.
         copy_weights: copy shards instead of linking them.
         engram_inside: make Engram tables part of the graph, which must be small enough.
+        think_steps: of a thought, in place of the model's own; 0 leaves reasoning layers out.
         scan_values: look for NaN and infinity in every weight.
         force: replace an existing bundle.
         verify: compare the graph with the PyTorch definition.
@@ -185,8 +178,9 @@ def build(
         precision, note = precision_for(engine, precision)
         check_targets(engine, precision)
     with whole_folder(Path(out), force) as folder:
-        checkpoint, account = audited(model, layers, scan_values, stages)
-        config = _with_tables(checkpoint.config, engram_inside)
+        chosen = Chosen(_first(layers), engram_inside, think_steps)
+        checkpoint, account = audited(model, chosen, scan_values, stages)
+        config = checkpoint.config
         found = find_precision(precision, config)
         length = _longest(config, max_seq_len)
         if engine:
@@ -200,43 +194,41 @@ def build(
             "max_seq_len": length,
             "command": command,
             "config": checkpoint.config_json,
-            "layers": config.num_layers,
-            "engram_inside": engram_inside,
+            "chosen": chosen,
+            "thinking": _thinking(config),
             "checkpoint": {"path": str(checkpoint.directory.resolve()), "header_sha256": checkpoint.header_hash},
             "audit": {**account.counts, "summary": account.summary(), "skipped_tensors": account.skipped},
             "graphs": graphs,
         }
-        bundle = Bundle(folder, facts, config, found)
-        verification = engine_report = remember_report = None
+        bundle = Bundle(folder, facts, config, found, chosen)
+        verification, engines = None, {}
         if verify:
             verification = _verified(bundle, account, stages, on_boundary, token_map=words, device=device)
             facts["verification"] = verification.summary()
         if engine and (verification is None or verification.passed):
-            engine_report, remember_report = _engines(bundle, engine, stages, on_line)
-            facts |= {"engine": engine_report, "remember_engine": remember_report}
+            engines = _engines(bundle, engine, stages, on_line)
+            facts["engines"] = engines
         facts["stages"] = stages.done
-        if verification or engine_report:
-            write_report(folder, facts, config, verification, engine_report)
+        if verification or engines:
+            write_report(folder, facts, config, verification, engines)
         write_manifest(folder, facts, frozenset(graphs.linked))
         if verification:
             verification.check()
     opened = Bundle.open(Path(out))
-    return Built(opened, account.summary(), graphs, note, verification, engine_report, remember_report)
+    return Built(opened, account.summary(), graphs, note, verification, engines)
 
 
 def _engines(
     bundle: Bundle, options: EngineOptions, stages: Stages, on_line: Callable[[str], None] | None
-) -> tuple[EngineReport, EngineReport | None]:
-    """The engine of a bundle, and that of tokens which do not pass the decoder, if the bundle has a graph for them."""
-    graphs = [name for name in (PORTABLE, REMEMBERING) if (bundle.folder / name).exists()]
-    reports: list[EngineReport | None] = [None, None]
+) -> dict[str, EngineReport]:
+    """The engine of each graph of a bundle, by the graph's name."""
+    graphs, reports = graphs_in(bundle.folder), {}
     with stages.stage("engine", len(graphs)) as advance:
-        for i, name in enumerate(graphs):
+        for name in graphs:
             how = (bundle.config, bundle.max_seq_len, bundle.precision.name, options, on_line)
-            reports[i] = engine_of(bundle.folder / name, *how)
+            reports[name] = engine_of(bundle.folder / name, *how)
             advance(1)
-    assert reports[0] is not None
-    return reports[0], reports[1]
+    return reports
 
 
 def _words(config: ModelConfig, directory: Path) -> np.ndarray | None:
@@ -244,13 +236,18 @@ def _words(config: ModelConfig, directory: Path) -> np.ndarray | None:
     return read_token_map(directory, config.engram, config.vocab_size) if config.engram else None
 
 
-def _with_tables(config: ModelConfig, inside: bool) -> ModelConfig:
-    """The model with its Engram tables inside the graph or outside of it."""
-    if config.engram is None:
-        if inside:
-            raise BadInput("this model has no Engram tables", fix="leave --engram-inside out")
-        return config
-    return replace(config, engram=replace(config.engram, inside=inside))
+def _thinking(config: ModelConfig) -> dict[str, Any] | None:
+    """What a manifest says of thoughts: their steps, and when ``--think auto`` pauses."""
+    r = config.reasoning
+    return {"steps": r.steps, "confidence": r.confidence, "threshold": r.threshold} if r and config.thinks else None
+
+
+def _first(layers: range | None) -> int | None:
+    """How many first layers a range is."""
+    if layers is not None and layers.start:
+        values = f"{layers.start}:{layers.stop}"
+        raise BadInput("layers that are not the first ones cannot be had alone", values, "give --layers 0:N")
+    return None if layers is None else layers.stop
 
 
 def verify(
@@ -280,7 +277,7 @@ def verify(
     stages = stages or Stages(quiet=True)
     bundle = Bundle.open(Path(folder))
     bundle.check_files()
-    opened, account = audited(checkpoint or bundle.source, range(bundle.config.num_layers), False, stages)
+    opened, account = audited(checkpoint or bundle.source, bundle.chosen, False, stages)
     recorded = bundle.manifest["checkpoint"]["header_sha256"]
     if opened.header_hash != recorded:
         raise BadInput(
@@ -299,14 +296,14 @@ def engine(
     *,
     stages: Stages | None = None,
     on_line: Callable[[str], None] | None = None,
-) -> EngineReport:
-    """Build the engine of an exported bundle and record it in the manifest; a former engine is replaced."""
+) -> dict[str, EngineReport]:
+    """Build the engines of an exported bundle's graphs and record them in the manifest; former ones are replaced."""
     bundle = Bundle.open(Path(folder))
-    report, remember_report = _engines(bundle, options, stages or Stages(quiet=True), on_line)
+    engines = _engines(bundle, options, stages or Stages(quiet=True), on_line)
     facts = {k: v for k, v in bundle.manifest.items() if k not in ("format", "versions", "files")}
-    facts |= {"engine": report, "remember_engine": remember_report}
+    facts["engines"] = engines
     write_manifest(bundle.folder, facts, frozenset(facts["graphs"]["linked"]))
-    return report
+    return engines
 
 
 def run(
@@ -322,13 +319,17 @@ def run(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
     skip_decoder: bool = False,
+    think: str | None = None,
+    think_threshold: float | None = None,
     threads: int = 0,
     device: str = "cpu",
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Generate text from a bundle with onnxruntime; ``on_text`` is told text as it comes.
 
-    With ``skip_decoder``, all but the last tokens of a prompt pass only the layers before the decoder (V4.1).
+    With ``skip_decoder``, all but the last tokens of a prompt pass only the layers before the decoder (V4.1). A model
+    with reasoning layers pauses to ``think``: a number of steps before every token, ``auto`` where it is not sure
+    (``think_threshold`` in place of the manifest's), or ``off``; ``auto`` unless given.
     """
     if (prompt is None) == (prompt_file is None):
         raise BadInput("a prompt is needed, once", fix="give --prompt TEXT or --prompt-file FILE")
@@ -338,6 +339,7 @@ def run(
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"cannot read {prompt_file}", str(error), "give a text file in UTF-8") from error
     bundle = Bundle.open(Path(folder))
+    pausing = Pausing.read(think, bundle.manifest["thinking"], think_threshold)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     return run_text(
         OnnxExecutor(
@@ -356,6 +358,7 @@ def run(
         stop_ids=frozenset(bundle.config.eos_token_ids),
         ignore_eos=ignore_eos,
         skip_decoder=skip_decoder,
+        pausing=pausing,
         refused_ids={} if bundle.config.image_token_id is None else {bundle.config.image_token_id: _IMAGE},
         on_text=on_text,
     )
@@ -413,9 +416,9 @@ def _longest(config: ModelConfig, asked: int | None) -> int:
     return asked or min(DEFAULT_MAX_SEQ_LEN, own)
 
 
-def audited(model: str | Path, layers: range | None, scan_values: bool, stages: Stages) -> tuple[Checkpoint, Audit]:
+def audited(model: str | Path, chosen: Chosen, scan_values: bool, stages: Stages) -> tuple[Checkpoint, Audit]:
     """Open and audit a checkpoint."""
-    checkpoint = open_checkpoint(model, layers)
+    checkpoint = open_checkpoint(model, chosen)
     with stages.stage("audit", checkpoint.nbytes) as advance:
         return checkpoint, audit(checkpoint, scan_values=scan_values, advance=advance)
 

@@ -95,6 +95,7 @@ _export_options = _options(
     click.option("--layers", callback=_layers, metavar="0:N", help="Only the first layers, to try a big model."),
     click.option("--copy-weights", is_flag=True, help="Copy shards into OUT instead of linking them."),
     click.option("--engram-inside", is_flag=True, help="Make Engram tables part of the graph, if they are small."),
+    click.option("--think-steps", type=click.IntRange(0), help="Of a thought; 0 leaves reasoning layers out."),
     click.option(
         "--no-scan", "scan_values", flag_value=False, default=True, help="Do not look for NaN in the weights."
     ),
@@ -194,8 +195,8 @@ def engine(bundle: Path, as_json: bool, quiet: bool, verbose: bool, **given: Any
     """Build the TensorRT engine of a BUNDLE that has none, or another one."""
     from v4export import api
 
-    report = api.engine(bundle, _engine(given), stages=Stages(quiet=quiet), on_line=_log if verbose else None)
-    _result(as_json, report, show.engine(report))
+    engines = api.engine(bundle, _engine(given), stages=Stages(quiet=quiet), on_line=_log if verbose else None)
+    _result(as_json, engines, "\n".join(map(show.engine, engines.values())))
 
 
 @cli.command()
@@ -231,10 +232,13 @@ def verify(bundle: Path, as_json: bool, quiet: bool, **given: Any) -> None:
 @click.option("--stop", multiple=True, help="Stop before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
 @click.option("--skip-decoder", is_flag=True, help="V4.1: only a prompt's last tokens pass all layers; not exact.")
+@click.option("--think", metavar="K|auto|off", help="Steps of a thought before every token, or where unsure.  [auto]")
+@click.option("--think-threshold", type=float, help="Of what shows that it is unsure.  [default: the manifest's]")
 @click.option("--threads", type=click.IntRange(0), default=0, help="Of onnxruntime; 0 lets it choose.")
 @_device
+@click.option("-v", "--verbose", is_flag=True, help="Where it paused to think, and what it thought, on stderr.")
 @_json
-def run(bundle: Path, as_json: bool, **given: Any) -> None:
+def run(bundle: Path, as_json: bool, verbose: bool, **given: Any) -> None:
     """Generate text from a BUNDLE with onnxruntime."""
     from v4export import api
 
@@ -245,6 +249,8 @@ def run(bundle: Path, as_json: bool, **given: Any) -> None:
     else:
         click.echo()
         click.echo(show.timings(generation), err=True)
+    if verbose:
+        click.echo(show.pauses(generation), err=True)
 
 
 @cli.command()

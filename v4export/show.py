@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from v4export.config import Engram, ModelConfig
+from v4export.config import Engram, ModelConfig, Reasoning
 from v4export.config.readers import table_rows
 from v4export.engine.targets import support_rows
 
@@ -33,7 +33,7 @@ def built(result: Built, seconds: float, command: str) -> str:
         lines.append(f"{folder / 'engram.json'}: {_mib(g.beside_bytes)} of tables read where they lie")
     if result.note:
         lines.append(result.note)
-    lines += [engine(one) for one in (result.engine, result.remember_engine) if one]
+    lines += [engine(one) for one in result.engines.values()]
     if result.verification:
         lines += [f"report: {folder / 'report.html'}", verdict(result.verification.summary(), seconds, command)]
     else:
@@ -62,6 +62,14 @@ def timings(generation: Generation) -> str:
         f"[{generation.prompt_tokens} prompt tokens, {t.prefill_tokens_per_s:.0f}/s; {len(generation.tokens)} new, "
         f"{t.decode_tokens_per_s:.1f}/s; {generation.finish_reason}]"
     )
+
+
+def pauses(generation: Generation) -> str:
+    """Where it paused to think, and what it thought, a line each."""
+    count, total = len(generation.pauses), len(generation.tokens)
+    rows = [(str(p.token), repr(p.before), f"{p.weight:+.3f}", repr(p.text)) for p in generation.pauses]
+    head = f"paused before {count} of {total} tokens"
+    return f"{head}\n{_table(('token', 'text', 'weight', 'thought'), rows)}" if rows else head
 
 
 def inspection_json(found: Inspection) -> dict[str, Any]:
@@ -98,6 +106,7 @@ def inspection(found: Inspection) -> str:
         "attention": _attention(c),
         **({"residual": f"{c.hyper.streams} streams with hyper-connections"} if c.hyper else {}),
         **({"engram": _engram(c.engram)} if c.engram else {}),
+        **({"reasoning": _reasoning(c.reasoning, p.by_part)} if c.reasoning and c.thinks else {}),
         **({"decoder": _decoder(c, p.active_remembering)} if p.active_remembering else {}),
         "state": f"{found.state_bytes_per_token:,} bytes per token in 16 bits"
         + (f", and {_mib(found.state_bytes_fixed)} whatever the length" if found.state_bytes_fixed else ""),
@@ -135,6 +144,13 @@ def _engram(e: Engram) -> str:
     return (
         f"layers {', '.join(map(str, e.layers))}: {e.heads} hashes of each n-gram of 2 to {e.max_order} tokens, "
         f"tables of {rows} rows of {e.width}" + (f", convolution of {e.kernel} taps" if e.kernel else "")
+    )
+
+
+def _reasoning(r: Reasoning, by_part: Mapping[str, int]) -> str:
+    return (
+        f"{r.layers} layers, thoughts of {r.steps} steps: {by_part['reasoning_layers']:,} parameters for each step, "
+        f"{by_part['reasoning_head']:,} once"
     )
 
 

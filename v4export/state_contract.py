@@ -58,7 +58,9 @@ class StateTensor:
 
 
 def state_tensors(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
-    """The state of one layer."""
+    """The state of one layer; reasoning layers come after the model's own."""
+    if layer >= config.num_layers:
+        return state_tensors(config.thinker, layer - config.num_layers)
     return (*_attention(config, layer), *_engram(config, layer))
 
 
@@ -104,7 +106,7 @@ def remembered(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
 
 def may_skip_decoder(config: ModelConfig) -> bool:
     """Whether tokens can be remembered without passing the decoder: whatever only it knows of them is in windows."""
-    layers = range(config.num_layers)
+    layers = range(config.state_layers)
     left = [set(state_tensors(config, i)) - set(remembered(config, i)) for i in layers]
     return any(map(config.is_decoder, layers)) and all(t.name == "window" for some in left for t in some)
 
@@ -120,7 +122,7 @@ def _compressor(entry: str, rows: str, width: int, ratio: int, halves: int) -> t
 
 
 def _all(config: ModelConfig) -> Iterator[StateTensor]:
-    return (tensor for layer in range(config.num_layers) for tensor in state_tensors(config, layer))
+    return (tensor for layer in range(config.state_layers) for tensor in state_tensors(config, layer))
 
 
 def bytes_per_token(config: ModelConfig, itemsize: int = 2) -> float:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from training.recipe import Training
 
 #: Rows that token ids [B, S] look up, by layer; nothing where a model has no memory.
 Rows = Callable[[np.ndarray], dict[int, np.ndarray]]
+#: What a step lowers, of a model and windows [B, S + 1].
+Loss = Callable[[Any, Rows, np.ndarray], Tensor]
 
 
 @dataclass
@@ -46,9 +49,13 @@ def no_rows(ids_BS: np.ndarray) -> dict[int, np.ndarray]:
 def loss_of(model: CausalLM, rows: Rows, window: np.ndarray, reduction: str = "mean") -> Tensor:
     """Cross entropy in nats of [B, S + 1] tokens after the first."""
     ids, targets = window[:, :-1], torch.from_numpy(window[:, 1:]).flatten()
-    found = {layer: torch.from_numpy(one) for layer, one in rows(ids).items()}
-    logits = model(torch.from_numpy(ids), found)
+    logits = model(torch.from_numpy(ids), looked_up(rows, ids))
     return F.cross_entropy(logits.flatten(0, 1), targets, reduction=reduction)
+
+
+def looked_up(rows: Rows, ids_BS: np.ndarray) -> dict[int, Tensor]:
+    """What a model looks up for tokens, [B, S, hashes] by layer."""
+    return {layer: torch.from_numpy(one) for layer, one in rows(ids_BS).items()}
 
 
 @torch.no_grad()
@@ -64,14 +71,15 @@ def held_out_loss(model: CausalLM, rows: Rows, data: np.ndarray, size: int = 16)
 
 def optimizer(model: CausalLM, options: Training) -> torch.optim.Optimizer:
     """Adam with decoupled decay of matrices; tables learn faster and do not decay."""
-    tables = {id(one) for one in model.tables()}
-    rest = [one for one in model.parameters() if id(one) not in tables]
+    moving = [one for one in model.parameters() if one.requires_grad]
+    known = {id(one) for one in model.tables()}
+    tables, rest = ([one for one in moving if (id(one) in known) is wanted] for wanted in (True, False))
     wide = [one for one in rest if one.dim() > 1 and min(one.shape) > 1]
     flat = [one for one in rest if one.dim() < 2 or min(one.shape) == 1]
     groups = [
         {"params": wide, "scale": 1.0, "weight_decay": options.decay},
         {"params": flat, "scale": 1.0, "weight_decay": 0.0},
-        {"params": model.tables(), "scale": options.table_rate, "weight_decay": 0.0},
+        {"params": tables, "scale": options.table_rate, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([one for one in groups if one["params"]], betas=options.betas, fused=True)
 
@@ -92,8 +100,9 @@ def train(
     options: Training,
     seed: int,
     name: str,
+    loss: Loss = loss_of,
 ) -> Run:
-    """Trains a model in place; progress goes to stderr."""
+    """Trains a model in place, what does not require a gradient left alone; progress goes to stderr."""
     run, adam = Run(), optimizer(model, options)
     source = batches(train_data, options.batch, seed)
     when = {round(options.steps * (n + 1) / options.measurements) for n in range(options.measurements)}
@@ -101,7 +110,7 @@ def train(
         start = time.perf_counter()
         for group in adam.param_groups:
             group["lr"] = rate(step, options) * group["scale"]
-        loss_of(model, rows, next(source)).backward()
+        loss(model, rows, next(source)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         adam.step()
         adam.zero_grad()

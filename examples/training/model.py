@@ -43,12 +43,12 @@ def into_stream(config: ModelConfig) -> float:
     return (2 * config.num_layers) ** -0.5
 
 
-def rotate(x_BSHR: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of positions 0 .. S-1; the pairs are channels (2j, 2j+1)."""
-    S, R = x_BSHR.shape[1], x_BSHR.shape[-1]
+def rotate(x_BSHR: Tensor, theta: float, at: Tensor) -> Tensor:
+    """Rotary embedding of positions ``at``, [S] or [B, S]; the pairs are channels (2j, 2j+1)."""
+    R = x_BSHR.shape[-1]
     frequency = theta ** (-torch.arange(0, R, 2, dtype=torch.float32) / R)
-    angle_S1R = (torch.arange(S, dtype=torch.float32)[:, None] * frequency)[:, None]
-    cos, sin = angle_S1R.cos(), angle_S1R.sin()
+    angle = (at[..., None].float() * frequency).unsqueeze(-2)  # one for all heads
+    cos, sin = angle.cos(), angle.sin()
     even, odd = x_BSHR[..., 0::2], x_BSHR[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
@@ -71,18 +71,28 @@ class LatentAttention(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
         c = self.config
-        N, R = c.qk_nope_head_dim, c.qk_rope_head_dim
-        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD))).unflatten(-1, (c.num_heads, N + R))
-        latent, k_rope = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, R], -1)
-        both = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (c.num_heads, N + c.v_head_dim))
-        k_nope, value = both.split([N, c.v_head_dim], -1)
-        k_rope = rotate(k_rope.unsqueeze(2), c.rope_theta).expand(-1, -1, c.num_heads, -1)
-        query = torch.cat([query[..., :N], rotate(query[..., N:], c.rope_theta)], -1)
-        key = torch.cat([k_nope, k_rope], -1)
-        value = F.pad(value, (0, N + R - c.v_head_dim))  # PyTorch's fast attention wants one width
+        at_S = torch.arange(x_BSD.shape[1])
+        query, (key, value) = self.queries(x_BSD, at_S), self.keys_and_values(x_BSD, at_S)
+        value = F.pad(value, (0, c.qk_head_dim - c.v_head_dim))  # PyTorch's fast attention wants one width
         heads = (one.transpose(1, 2) for one in (query, key, value))
         out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=c.softmax_scale)
         return self.o_proj(out.transpose(1, 2)[..., : c.v_head_dim].flatten(-2))
+
+    def queries(self, x_BSD: Tensor, at: Tensor) -> Tensor:
+        """[B, S, H, N + R] of tokens at positions ``at``, [S] or [B, S]."""
+        c = self.config
+        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD))).unflatten(-1, (c.num_heads, c.qk_head_dim))
+        q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        return torch.cat([q_nope, rotate(q_rope, c.rope_theta, at)], -1)
+
+    def keys_and_values(self, x_BSD: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, H, N + R] and [B, S, H, V], written out for every head."""
+        c = self.config
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        both = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (c.num_heads, -1))
+        k_nope, value = both.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        k_rope = rotate(k_rope.unsqueeze(2), c.rope_theta, at).expand(-1, -1, c.num_heads, -1)
+        return torch.cat([k_nope, k_rope], -1), value
 
 
 class SwiGLU(nn.Module):
@@ -175,12 +185,14 @@ class EngramMemory(nn.Module):
 class Block(nn.Module):
     """One layer: memory where there is one, attention, feed-forward, each added to the stream."""
 
+    attention = LatentAttention
+
     def __init__(self, config: ModelConfig, layer: int, rows: int = 0):
         super().__init__()
         c = config
         self.engram = EngramMemory(c, c.engram, rows) if c.engram and rows else None
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = LatentAttention(c)
+        self.self_attn = self.attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MixtureOfExperts(c) if c.is_moe(layer) else SwiGLU(c, c.intermediate_size)
 
@@ -209,11 +221,11 @@ class Stack(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, ids_BS: Tensor, rows: Mapping[int, Tensor]) -> Tensor:
-        """[B, S] -> [B, S, D]; ``rows`` has [B, S, hashes] for every layer with a memory."""
+        """Hidden states before the final norm, [B, S, D]; ``rows`` has [B, S, hashes] for every layer with a memory."""
         h_BSD = self.embed_tokens(ids_BS)
         for layer, block in enumerate(self.layers):
             h_BSD = block(h_BSD, rows.get(layer))
-        return self.norm(h_BSD)
+        return h_BSD
 
 
 class CausalLM(nn.Module):
@@ -227,7 +239,11 @@ class CausalLM(nn.Module):
 
     def forward(self, ids_BS: Tensor, rows: Mapping[int, Tensor] | None = None) -> Tensor:
         """Logits [B, S, V]."""
-        return self.lm_head(self.model(ids_BS, rows or {}))
+        return self.logits(self.model(ids_BS, rows or {}))
+
+    def logits(self, h_BSD: Tensor) -> Tensor:
+        """[B, S, V] of hidden states before the final norm."""
+        return self.lm_head(self.model.norm(h_BSD))
 
     def routers(self) -> list[Router]:
         """Those of all layers with experts."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from training.model import CausalLM
-from v4export.config import Engram, ModelConfig
+from training.thoughts import ThinkingLM
+from v4export.config import Engram, ModelConfig, Reasoning
 from v4export.config.hashes import layouts
 
 VOCAB = 2048
@@ -64,10 +65,19 @@ def configs(compressed_vocab: int) -> dict[str, ModelConfig]:
     }
 
 
+def full(compressed_vocab: int) -> ModelConfig:
+    """A small model of every part: routed experts, Engram, and reasoning layers of the sizes of its own layers."""
+    engram = replace(ENGRAM, buckets=1500, compressed_vocab=compressed_vocab)
+    reasoning = Reasoning(layers=2, steps=4)
+    plain = replace(PLAIN, vocab_size=1024, num_layers=3, moe_layers=(1, 2), dtype="bfloat16")
+    return replace(plain, family="v4x", engram=engram, reasoning=reasoning)
+
+
 def build(config: ModelConfig) -> CausalLM:
     """A model with random weights."""
     found = layouts(config.engram) if config.engram else {}
-    return CausalLM(config, {layer: layout.rows for layer, layout in found.items()})
+    rows = {layer: layout.rows for layer, layout in found.items()}
+    return (ThinkingLM if config.thinks else CausalLM)(config, rows)
 
 
 @dataclass(frozen=True)

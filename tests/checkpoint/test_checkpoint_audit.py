@@ -11,10 +11,10 @@ from v4export import presets
 from v4export.checkpoint import scan
 from v4export.checkpoint.audit import audit
 from v4export.checkpoint.index import Checkpoint
-from v4export.checkpoint.names import expected
+from v4export.checkpoint.names import UNTHOUGHT, expected
 from v4export.checkpoint.synth import synth
 from v4export.checkpoint.tensor import DTYPES, read_header
-from v4export.config import Fp8Blocks
+from v4export.config import Fp8Blocks, Reasoning
 from v4export.errors import BadInput, NotSupported
 
 EXPERT = "model.layers.1.mlp.experts.0.up_proj.weight"
@@ -107,6 +107,50 @@ def test_bad_checkpoint(copy, edit, match):
     edit(damaged.arrays)
     with pytest.raises(BadInput, match=match):
         audit(damaged.save())
+
+
+def thinking(name):
+    reasoning = Reasoning(2, 3, kv_lora_rank=24, qk_nope_head_dim=16, v_head_dim=16, intermediate_size=80)
+    return replace(presets.load(name), reasoning=reasoning)
+
+
+@pytest.mark.parametrize("name", ["tiny-v3", "tiny-v3.1", "tiny-v4"])
+def test_reasoning_layers(tmp_path, name):
+    config = thinking(name)
+    checkpoint = Checkpoint.open(synth(config, tmp_path / "hub"))
+    assert checkpoint.config == config
+    account = audit(checkpoint)
+    assert list(account.weights) == list(expected(config)) and not account.skipped
+    assert {*account.weights} - {*expected(presets.load(name))} == {n for n in account.weights if ".reasoning." in n}
+    # Without a thought they are not needed; where the configuration has none, nobody knows what they are.
+    silent = replace(config, reasoning=replace(config.reasoning, steps=0))
+    thought = [n for n in checkpoint.tensors if n.startswith("model.reasoning.")]
+    assert audit(replace(checkpoint, config=silent)).skipped == dict.fromkeys(thought, UNTHOUGHT)
+    with pytest.raises(BadInput, match=rf"{len(thought)} not part of the model: model\.reasoning\."):
+        audit(replace(checkpoint, config=replace(config, reasoning=None)))
+
+
+TALK, THOUGHT = "model.reasoning.talk_head.2.bias", "model.reasoning.layers.1.self_attn.kv_b_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (drop(TALK), f"1 missing: {TALK}"),
+        (drop("model.reasoning.end_embedding"), "1 missing: model.reasoning.end_embedding"),
+        (set_item(TALK, np.ones(95, BF16)), rf"wrong shape: {TALK}: expected \[96\], found \[95\]"),
+        (set_item(THOUGHT, np.ones((24, 128), BF16)), rf"{THOUGHT}: expected \[128, 24\], found \[24, 128\]"),
+        (set_item("model.reasoning.talk_head.4.bias", np.ones(1, BF16)), "not part of the model: .*talk_head.4.bias"),
+        (poison("model.reasoning.start_embedding", np.nan), "NaN or infinity\n.*start_embedding"),
+    ],
+)
+def test_bad_reasoning_layers(tmp_path, edit, match):
+    directory = synth(thinking("tiny-v3"), tmp_path / "hub")
+    arrays = {tensor.name: tensor.read() for tensor in Checkpoint.open(directory).tensors.values()}
+    edit(arrays)
+    write_safetensors(directory / "model.safetensors", arrays)
+    with pytest.raises(BadInput, match=match):
+        audit(Checkpoint.open(directory))
 
 
 def test_scan_can_be_left_out(copy):

@@ -43,7 +43,7 @@ def test_engram_of_the_release():
     assert parts["engram_fusion"] == 2 * (5 * 5120 * 6144 + 2 * 4 * 5120)
 
 
-#: Parts of the project's own designs, as they were designed; reasoning layers and their head are not part of them yet.
+#: Parts of the project's own designs, as they were designed.
 DESIGNS = {
     "v4-1t": {
         "embedding": 926_679_040,
@@ -55,6 +55,8 @@ DESIGNS = {
         "engram_tables": (442_373_686 + 442_383_636) * 256,
         "engram_fusion": 2 * (2 * 7168 * 6144 + 2 * 7168),
         "norms": 61 * (2 * 7168 + 1536 + 512) + 7168,
+        "reasoning_layers": 2 * (101_122_048 + 3 * 7168 * 18432 + 2 * 7168 + 1536 + 512),
+        "reasoning_head": 2 * 7168 + 3 * 7168 * 7168 + 3 * 7168,
         "head": 926_679_040,
     },
     "v4-lite": {
@@ -67,11 +69,15 @@ DESIGNS = {
         "engram_tables": (44_681_344 + 44_685_358) * 80,
         "engram_fusion": 2 * (2 * 2560 * 1280 + 2 * 2560),
         "norms": 32 * (2 * 2560 + 768 + 512) + 2560,
+        "reasoning_layers": 2 * (22_839_296 + 3 * 2560 * 10240 + 2 * 2560 + 768 + 512),
+        "reasoning_head": 2 * 2560 + 3 * 2560 * 2560 + 3 * 2560,
         "head": 330_956_800,
     },
 }
-#: Their sizes with reasoning layers, and with the routers' biases.
+#: Their sizes with the routers' biases.
 WHOLE = {"v4-1t": 1_000_023_221_632, "v4-lite": 32_997_405_728}
+#: Billions at work for one token, and those that thoughts work on besides.
+ACTIVE = {"v4-1t": (31.57, 1.15), "v4-lite": (4.08, 0.22)}
 
 
 @pytest.mark.parametrize("name", DESIGNS)
@@ -80,12 +86,17 @@ def test_own_designs(name):
     counts = parameter_counts(config)
     assert counts.by_part == DESIGNS[name]
     assert counts.total == sum(DESIGNS[name].values())
-    D = config.hidden_size
-    dense = counts.by_part["dense_mlp"] + counts.by_part["attention"] // config.num_layers
-    layer = dense + 2 * D + config.q_lora_rank + config.kv_lora_rank
-    mixing = 3 * D * D + 3 * D
-    biases = len(config.moe_layers) * config.num_experts
-    assert counts.total + biases + 2 * layer + mixing + 2 * D == WHOLE[name]
+    assert counts.total + len(config.moe_layers) * config.num_experts == WHOLE[name]
+    thinking = counts.by_part["reasoning_layers"] + counts.by_part["reasoning_head"]
+    assert (counts.active / 1e9, thinking / 1e9) == pytest.approx(ACTIVE[name], abs=0.005)
+
+
+def test_thoughts_of_no_steps_need_no_parameters():
+    config = presets.load("v4-lite")
+    counts = parameter_counts(config)
+    without = parameter_counts(replace(config, reasoning=replace(config.reasoning, steps=0)))
+    assert without == parameter_counts(replace(config, reasoning=None))
+    assert without.active == counts.active and not any("reasoning" in part for part in without.by_part)
 
 
 def test_tied_embedding_counts_once():

@@ -16,7 +16,7 @@ from v4export.checkpoint.count import parameter_counts
 from v4export.checkpoint.formats import decode, dequantize_blocks, dequantize_fp4, quantize_fp4
 from v4export.checkpoint.index import INDEX, Checkpoint
 from v4export.checkpoint.synth import synth
-from v4export.config import Fp8Blocks
+from v4export.config import Fp8Blocks, Reasoning
 from v4export.errors import BadInput, NotEnough, NotSupported
 
 CONFIG = presets.load("tiny-v3")
@@ -158,6 +158,25 @@ def test_fp4(tmp_path, fused):
     np.testing.assert_allclose(values[shared], plain[shared], rtol=2**-4, atol=1e-3)
     kept = "model.layers.1.self_attn.compressor.indexer.scorer.weights_proj.weight"
     assert weights[kept].data.dtype == "BF16"
+
+
+@pytest.mark.parametrize(("name", "layers"), [("tiny-v3", "BF16"), ("tiny-v3.1", "F8_E4M3"), ("tiny-v4", "BF16")])
+def test_reasoning_layers(tmp_path, name, layers):
+    sizes = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "v_head_dim": 16, "intermediate_size": 80}
+    config = replace(presets.load(name), reasoning=Reasoning(1, 3, **sizes))
+    checkpoint = Checkpoint.open(synth(config, tmp_path / "a"))
+    values, below, D = decoded(checkpoint.directory), "model.reasoning.", config.hidden_size
+    # No release has them, so DeepSeek has no names of its own for them.
+    assert all(t.name == n for n, t in checkpoint.tensors.items() if n.startswith(below))
+    assert checkpoint.tensors[below + "layers.0.mlp.up_proj.weight"].dtype == layers
+    assert checkpoint.tensors[below + "talk_head.0.weight"].dtype == "BF16"
+    assert values[below + "layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape == (24 + config.qk_rope_head_dim, D)
+    assert values[below + "start_embedding"].std() == pytest.approx(1, abs=0.2)
+    assert values[below + "talk_head.0.weight"].std() == pytest.approx((2 * D) ** -0.5, rel=0.05)
+    assert values[below + "talk_head.2.bias"].std() == pytest.approx(0.1, abs=0.03)
+    # What is before them is as it is without them.
+    without = decoded(synth(presets.load(name), tmp_path / "b"))
+    assert same(without, {n: value for n, value in values.items() if n in without})
 
 
 @pytest.mark.slow

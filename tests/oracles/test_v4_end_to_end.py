@@ -41,9 +41,9 @@ def test_build(saved, precision, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     options = EngineOptions(targets=("sm89",), max_chunk=32)
     built = api.build(saved, tmp_path / "out", precision=precision, max_seq_len=512, engine=options)
-    assert built.verification is not None and built.engine is not None
+    assert built.verification is not None and built.engines
     assert built.verification.summary().startswith("PASSED | 4 layers")
-    assert built.engine.bytes == (tmp_path / "out" / "model.engine").stat().st_size > 100_000
+    assert built.engines["model.onnx"].bytes == (tmp_path / "out" / "model.engine").stat().st_size > 100_000
 
 
 def test_greedy_tokens(model, saved, tmp_path):

@@ -53,6 +53,7 @@ NODES = {
         [],
         dict(latent_width=3, scale=1.0),
     ),
+    "ThoughtAttention": ([F32[:, None], F32[:, None], F32[:, None], INDICES], [], dict(latent_width=3, scale=1.0)),
     "IndexSelect": (
         [F32[:, None], F32[:, :1], F32[:, None], F32[:, None], INDICES[:, 0]],
         [],

@@ -34,6 +34,7 @@ class FakeExecutor:
     rule: Callable[[Sequence[int]], np.ndarray] = hashed_logits
     vocab: int = VOCAB
     tail: int | None = None
+    trunk: np.ndarray | None = None
     widths: list[int] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
 
@@ -267,7 +268,7 @@ def test_run_text_as_json() -> None:
     result, _ = told("abc")
     value = result.as_json()
     assert json.loads(json.dumps(value)) == value
-    assert list(value) == ["text", "tokens", "prompt_tokens", "finish_reason", "timings"]
+    assert list(value) == ["text", "tokens", "prompt_tokens", "finish_reason", "timings", "pauses"]
     assert set(value["timings"]) == {
         *("prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s", "first_token_s")
     }

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4export import presets
+from v4export.config import Reasoning
 from v4export.errors import BadInput
 from v4export.runtime.state import State
-from v4export.state_contract import StateTensor, bytes_per_token, fixed_bytes, state_tensors
+from v4export.state_contract import StateTensor, bytes_per_token, fixed_bytes, may_skip_decoder, state_tensors
 
 #: Has a row per token, rows per 4 and per 128 tokens, and rings of 8, 16 and 128 rows.
 V4 = replace(presets.load("tiny-v4"), num_layers=3)
@@ -169,6 +170,8 @@ def test_a_full_sequence_may_stay_while_others_go_on():
         ("deepseek-v3.2", 61 * (1152 + 256)),
         ("deepseek-v4-flash", 6_880),
         ("deepseek-v4-pro", 9_848),
+        ("v4-1t", 70_272 + 2_304),
+        ("v4-lite", 36_864 + 2_304),
     ],
 )
 def test_bytes_per_token(preset, growing):
@@ -180,3 +183,30 @@ def test_fixed_bytes():
     flash, pro = presets.load("deepseek-v4-flash"), presets.load("deepseek-v4-pro")
     assert fixed_bytes(flash) == 43 * 131_072 + 21 * 80 * 1024 + 20 * 512 * 1024
     assert fixed_bytes(pro) == 61 * 131_072 + 30 * 80 * 1024 + 31 * 512 * 1024
+
+
+def thinking(name: str, steps: int = 3):
+    sizes = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "v_head_dim": 16, "intermediate_size": 80}
+    return replace(presets.load(name), reasoning=Reasoning(2, steps, **sizes))
+
+
+@pytest.mark.parametrize("name", ["tiny-v3", "tiny-v3.2", "tiny-v4", "tiny-v4.1"])
+def test_rows_of_reasoning_layers_come_last(name):
+    plain, config = presets.load(name), thinking(name)
+    state = empty(2, config=config)
+    own, thought = state.layers[: plain.num_layers], state.layers[plain.num_layers :]
+    assert [[*layer] for layer in own] == [[*layer] for layer in empty(config=plain).layers]
+    latent = StateTensor("latent", 24 + config.qk_rope_head_dim)
+    assert [[buffer.tensor for buffer in layer.values()] for layer in thought] == [[latent]] * 2
+    assert bytes_per_token(config) - bytes_per_token(plain) == 2 * 2 * latent.width
+    assert fixed_bytes(config) == fixed_bytes(plain)
+    step(state, 5, [5, 2])
+    step(state, 1, [1, 1])
+    check(state)
+    assert len(empty(config=thinking(name, steps=0)).layers) == plain.num_layers
+
+
+def test_who_thinks_passes_the_decoder():
+    """Reasoning layers have a row for every token, which is made of what the last layer returns."""
+    assert may_skip_decoder(presets.load("tiny-v4.1")) and may_skip_decoder(thinking("tiny-v4.1", steps=0))
+    assert not may_skip_decoder(thinking("tiny-v4.1"))

@@ -52,6 +52,7 @@ class EagerExecutor:
             # What is stored has been rounded already.
             self.feed = EngramFeed(Hasher.of(config.engram, token_map), tables)
         self.tapped: dict[str, np.ndarray] = {}
+        self.trunk = None
 
     def new_state(self, batch: int = 1) -> State:
         state = State.empty(self.config, batch, np.dtype(np.float32), self.max_seq_len)
@@ -77,7 +78,7 @@ class EagerExecutor:
                 self._tap_all(i, named)
                 self._put(state, i, out.rows)
             shared["logits_at"] = torch.from_numpy(np.array(logits_at_BQ, np.int64))
-            logits = self.model.head(*(shared[name] for name in head_reads(self.config))).numpy()
+            logits = self.model.head(*(shared[name] for name in head_reads(self.config)))[0].numpy()
         state.commit(np.full(B, S) if lengths_B is None else lengths_B)
         return logits
 

@@ -64,7 +64,7 @@ def facts():
 
 def written(folder, boundaries=(GOOD,), engine=None):
     verification = Verification("cpu", (1, 7), 8, tuple(boundaries)) if boundaries is not None else None
-    write_report(folder, facts(), presets.load("tiny-v3"), verification, engine)
+    write_report(folder, facts(), presets.load("tiny-v3"), verification, {"model.onnx": engine} if engine else {})
 
     def refuse(token):
         raise AssertionError(f"{token} is not JSON")
@@ -79,8 +79,11 @@ def test_json(tmp_path):
     good, bad = report["verification"]["boundaries"]
     assert (good["name"], good["rel"], good["ok"], good["mean"]) == ("layer 0 dense", 4e-4, True, 0.6)
     assert (bad["rel"], bad["max_abs"], bad["cos"], bad["ok"]) == (None, None, None, False)
-    assert report["engine"]["proofs"][0] == ["weights are stored as bf16", "constants in the plan: bf16 12 MiB"]
-    assert report["engine"]["path"] == "model.engine" and report["facts"]["precision"] == "bf16"
+    assert report["engines"]["model.onnx"]["proofs"][0] == [
+        "weights are stored as bf16",
+        "constants in the plan: bf16 12 MiB",
+    ]
+    assert report["engines"]["model.onnx"]["path"] == "model.engine" and report["facts"]["precision"] == "bf16"
 
 
 def test_what_is_ambiguous_passes_and_shows_its_evidence(tmp_path):
@@ -133,7 +136,7 @@ def test_verdict_colour_and_missing_parts(tmp_path, boundaries, verdict, colour,
     (heading,) = (attributes for tag, attributes in Page(source).tags if tag == "h1")
     assert report["verdict"].startswith(verdict) and heading["class"] == colour
     assert (f"h1.{colour} {{" in source) or not colour
-    assert ("<h2>Engine</h2>" in source) == bool(engine) and (report["engine"] is None) == (engine is None)
+    assert ("<h2>Engines</h2>" in source) == bool(engine) == bool(report["engines"])
     assert ("<svg" in source) == (boundaries is not None) == (report["verification"] is not None)
     rows = [attributes for tag, attributes in Page(source).tags if tag == "tr" and attributes.get("class") == "bad"]
     assert len(rows) == (2 if boundaries and BAD in boundaries else 0)

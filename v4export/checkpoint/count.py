@@ -17,7 +17,7 @@ class ParameterCounts:
 
     Attributes:
         total: all of them.
-        active: at work for one token.
+        active: at work for one token, without a thought.
         by_part: parts and their parameters.
         active_remembering: at work for a token that does not pass the decoder; None where there is no decoder to skip.
     """
@@ -43,6 +43,8 @@ _NAMED_PARTS = {".self_attn.": "attention", ".shared_experts.": "shared_experts"
 
 
 def _part(one: Expected) -> str:
+    if ".reasoning." in one.name:
+        return "reasoning_layers" if ".layers." in one.name else "reasoning_head"
     if ".engram." in one.name and one.role != "engram_table":
         return "engram_fusion"  # its norms as well
     return _PARTS.get(one.role) or next(part for piece, part in _NAMED_PARTS.items() if piece in one.name)
@@ -52,7 +54,8 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Counts as transformers does: router biases and hash tables are buffers and prediction layers are left out.
 
     A token is worked on by everything but the embedding and Engram's tables (rows are looked up) and the experts it is
-    not routed to.
+    not routed to. Thoughts are counted by themselves: each step of one works on ``reasoning_layers`` besides, and its
+    end on ``reasoning_head``.
     """
     parameters = [one for one in expected(config).values() if one.role not in _BUFFERS]
     by_part = _by_part(parameters)
@@ -74,7 +77,8 @@ def _active(by_part: dict[str, int], config: ModelConfig) -> int:
     idle = experts - experts // config.num_experts * config.experts_per_token
     # A tied embedding is also the head, which every token is multiplied with.
     looked_up = 0 if config.tie_word_embeddings else by_part["embedding"]
-    return sum(by_part.values()) - idle - looked_up - by_part.get("engram_tables", 0)
+    apart = sum(by_part.get(part, 0) for part in ("engram_tables", "reasoning_layers", "reasoning_head"))
+    return sum(by_part.values()) - idle - looked_up - apart
 
 
 #: What makes entries and index keys in the decoder's first layer.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from v4export.checkpoint import names_engram, names_v4
+from v4export.checkpoint import names_engram, names_reasoning, names_v4
 from v4export.checkpoint.table import Table
 from v4export.config import Indexer, ModelConfig
 from v4export.config.hashes import layouts
@@ -106,6 +106,7 @@ IMAGE_SKIPS: dict[str, str] = {
 TIED = "tied to the embedding"
 LEFT_OUT = "in a layer left out with --layers"
 MTP = "multi-token prediction layer, used for drafting only"
+UNTHOUGHT = "reasoning layers, left out with --think-steps 0"
 V4_STAGE = "prediction stage (MTP or DSpark), used for drafting only"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -163,10 +164,22 @@ def expected(config: ModelConfig) -> dict[str, Expected]:
             found += _fill(config, table, f"model.layers.{layer}.")
     if config.hyper and not config.hyper.single_pass:
         found += _fill(config, names_v4.HEAD_STREAMS)
+    if config.thinks:
+        found += _reasoning(config)
     found += _fill(config, FINAL_NORM)
     if not config.tie_word_embeddings:
         found += _fill(config, HEAD)
     return {one.name: one for one in found}
+
+
+def _reasoning(config: ModelConfig) -> list[Expected]:
+    """What reasoning layers need."""
+    own, prefix = config.thinker, "model.reasoning."
+    found = _fill(config, names_reasoning.VECTORS, prefix)
+    for layer in range(own.num_layers):
+        for table in layer_tables(own, layer):
+            found += _fill(own, table, f"{prefix}layers.{layer}.")
+    return found + _fill(config, names_reasoning.TALK_HEAD, prefix)
 
 
 def fused(config: ModelConfig) -> dict[str, list[list[Expected]]]:
@@ -189,6 +202,8 @@ def skip_reason(name: str, config: ModelConfig) -> str | None:
     """Why a stored tensor is not needed, or None where no reason is known."""
     if config.tie_word_embeddings and name in (HEAD.keys() | {key + SCALE for key in HEAD}):
         return TIED
+    if config.reasoning and not config.thinks and name.startswith("model.reasoning."):
+        return UNTHOUGHT
     if config.compressed and name.startswith("mtp."):
         return V4_STAGE
     layer = _LAYER.match(name)

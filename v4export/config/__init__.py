@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,39 @@ class Engram:
         return self.hashes * self.width
 
 
+#: What shows that a prediction is not sure: its entropy is above a threshold, in nats; or the difference of its two
+#: largest probabilities is below one.
+ENTROPY, MARGIN = "entropy", "margin"
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """Reasoning layers: a hidden thought of a few steps, mixed into a prediction (after Quiet-STaR, arXiv 2403.09629).
+
+    They are dense layers with latent attention, applied to thoughts alone; their sizes are the model's own where none
+    are given.
+    """
+
+    layers: int  # r
+    steps: int  # of a thought: the first enters with the start vector, the last with the end vector; 0 leaves it out
+    num_heads: int | None = None
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    intermediate_size: int | None = None
+    confidence: str = ENTROPY  # what decides where to pause
+    threshold: float = 1.0  # of it
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those that are given, by the names of ``ModelConfig``'s fields."""
+        others = ("layers", "steps", "confidence", "threshold")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
+        return {name: value for name, value in given.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A mixture-of-experts decoder: latent attention, or a window with compressed entries where ``compressed`` is set.
@@ -209,6 +242,7 @@ class ModelConfig:
     compressed: CompressedAttention | None = None
     hyper: HyperConnections | None = None
     engram: Engram | None = None
+    reasoning: Reasoning | None = None
     hash_layers: tuple[int, ...] = ()  # routed layers that choose experts by token id
     swiglu_limit: float | None = None  # gates are cut off above it, and up-projections beyond it on both sides
     image_token_id: int | None = None  # stands for an image, which is not exported
@@ -228,6 +262,33 @@ class ModelConfig:
     def hidden_shape(self) -> tuple[int, ...]:
         """Shape of a token's hidden state between layers: [D], or [X, D] with hyper-connections."""
         return (self.hyper.streams, self.hidden_size) if self.hyper else (self.hidden_size,)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether there are reasoning layers, and they are not left out."""
+        return self.reasoning is not None and self.reasoning.steps > 0
+
+    @property
+    def thinker(self) -> ModelConfig:
+        """The reasoning layers as a model of their own: dense layers with latent attention.
+
+        Beside compressed attention they are rotated as its entries are, which have YaRN's frequencies without its
+        magnitudes.
+        """
+        assert self.reasoning is not None
+        theta, yarn = self.rope_theta, self.yarn
+        if self.compressed:
+            theta, yarn = self.compressed.rope_theta, yarn and replace(yarn, mscale=0.0, mscale_all_dim=0.0)
+        own = replace(
+            self, num_layers=self.reasoning.layers, moe_layers=(), hash_layers=(), rope_theta=theta, yarn=yarn
+        )
+        own = replace(own, indexer=None, compressed=None, hyper=None, engram=None, reasoning=None)
+        return replace(own, **self.reasoning.sizes)  # type: ignore[arg-type]
+
+    @property
+    def state_layers(self) -> int:
+        """Layers that remember something: the model's own, and its reasoning layers behind them."""
+        return self.num_layers + (self.reasoning.layers if self.reasoning and self.thinks else 0)
 
     @property
     def expert_parameters(self) -> int:

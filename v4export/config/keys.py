@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from v4export.config import ModelConfig
+from v4export.config import ENTROPY, MARGIN, ModelConfig
 from v4export.config.values import (
     Key,
     always,
     count,
     counts,
+    exponent,
     integer,
     one_of,
     or_null,
@@ -70,6 +71,20 @@ ENGRAM: dict[str, Key] = {
     "engram_seed": Key("engram.seed", count, 0),
     "engram_conv_kernel": Key("engram.kernel", count, 0),
     "engram_conv_dilation": Key("engram.dilation", size, 1),
+}
+#: Any family may have reasoning layers; what is not given is as in its own layers.
+REASONING: dict[str, Key] = {
+    "reasoning_num_layers": Key("reasoning.layers", or_null(size), None),
+    "reasoning_num_steps": Key("reasoning.steps", or_null(count), None),
+    "reasoning_num_heads": Key("reasoning.num_heads", or_null(size), None),
+    "reasoning_q_lora_rank": Key("reasoning.q_lora_rank", or_null(size), None),
+    "reasoning_kv_lora_rank": Key("reasoning.kv_lora_rank", or_null(size), None),
+    "reasoning_qk_nope_head_dim": Key("reasoning.qk_nope_head_dim", or_null(size), None),
+    "reasoning_qk_rope_head_dim": Key("reasoning.qk_rope_head_dim", or_null(size), None),
+    "reasoning_v_head_dim": Key("reasoning.v_head_dim", or_null(size), None),
+    "reasoning_intermediate_size": Key("reasoning.intermediate_size", or_null(size), None),
+    "reasoning_confidence": Key("reasoning.confidence", one_of(ENTROPY, MARGIN), ENTROPY),
+    "reasoning_threshold": Key("reasoning.threshold", exponent, 1.0),
 }
 #: Hyper-connections, where a family may have them or not.
 HYPER: dict[str, Key] = {

@@ -14,11 +14,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from v4export.config import CompressedAttention, Engram, HyperConnections, Indexer, ModelConfig, Yarn
+from v4export.config import CompressedAttention, Engram, HyperConnections, Indexer, ModelConfig, Reasoning, Yarn
 from v4export.config import readers_v4 as v4
 from v4export.config import readers_v41 as v41
 from v4export.config.hashes import layouts
-from v4export.config.keys import ENGRAM, IRRELEVANT, LIMITED, LIMITED_V32, RULES, V2, V3, V4X, V32, Limits
+from v4export.config.keys import ENGRAM, IRRELEVANT, LIMITED, LIMITED_V32, REASONING, RULES, V2, V3, V4X, V32, Limits
 from v4export.config.parts import read_fp8, read_yarn, write_fp8, write_yarn
 from v4export.config.values import Key, check_limited, read_fields, real, refuse_unknown, table
 from v4export.errors import BadInput, NotSupported
@@ -78,7 +78,7 @@ class Family:
     @property
     def all_keys(self) -> dict[str, Key]:
         """Its own keys, and those that any family may have."""
-        return self.keys | ENGRAM
+        return self.keys | ENGRAM | REASONING
 
 
 FAMILIES: dict[str, Family] = {
@@ -98,6 +98,7 @@ _NESTED: dict[str, type] = {
     "compressed": CompressedAttention,
     "hyper": HyperConnections,
     "engram": Engram,
+    "reasoning": Reasoning,
 }
 
 
@@ -138,6 +139,21 @@ def _check_engram(engram: Engram, config: ModelConfig) -> None:
     if any(faults.values()):
         wrong = ", ".join(what for what, is_so in faults.items() if is_so)
         raise BadInput(f"config values of Engram contradict: {wrong}", str(engram))
+
+
+def _check_reasoning(config: ModelConfig) -> None:
+    """Raises BadInput where the sizes of reasoning layers are neither given nor the model's own."""
+    own = config.thinker
+    needed = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size")
+    missing = [f"reasoning_{name}" for name in needed if not getattr(own, name)]
+    if missing:
+        raise BadInput(
+            "sizes of the reasoning layers are missing",
+            f"{', '.join(missing)}; the model's own attention is not latent, so it has none that they could share",
+            "Give them in config.json.",
+        )
+    if own.qk_rope_head_dim % 2:
+        raise BadInput("rotary channels come in pairs", f"reasoning_qk_rope_head_dim = {own.qk_rope_head_dim}")
 
 
 def check_rows(engram: Engram, said: Any) -> None:
@@ -196,6 +212,8 @@ def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     if config.engram:
         _check_engram(config.engram, config)
         check_rows(config.engram, raw.get("engram_num_embeddings"))
+    if config.reasoning:
+        _check_reasoning(config)
     return config
 
 

@@ -73,6 +73,7 @@ def build_engine(
     max_batch: int = 1,
     max_seq_len: int = 4096,
     max_chunk: int = 512,
+    max_steps: int = 1,
     workspace_gib: float | None = None,
     shapes: ShapeOverride | None = None,
     timeout_s: float | None = None,
@@ -90,6 +91,7 @@ def build_engine(
         max_batch: largest B.
         max_seq_len: largest T.
         max_chunk: largest S of a prefill step.
+        max_steps: of a thought.
         workspace_gib: limit on the builder's scratch memory.
         shapes: a user's own shapes, instead of the two derived profiles.
         timeout_s: after which the build is stopped.
@@ -106,9 +108,8 @@ def build_engine(
     name = choose_backend(backend)
     present = [device.capability for device in cuda_devices()]
     chosen = tuple(target.name for target in resolve_targets(targets, precision, name, present))
-    profiles = derive_profiles(
-        input_dims(onnx), max_batch=max_batch, max_seq_len=max_seq_len, max_chunk=max_chunk, override=shapes
-    )
+    sizes = {"max_batch": max_batch, "max_seq_len": max_seq_len, "max_chunk": max_chunk, "max_steps": max_steps}
+    profiles = derive_profiles(input_dims(onnx), **sizes, override=shapes)
     engine.parent.mkdir(parents=True, exist_ok=True)
     partial = engine.with_name(engine.name + ".partial")
     request = {

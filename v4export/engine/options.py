@@ -121,6 +121,7 @@ def engine_of(
         max_batch=options.max_batch,
         max_seq_len=max_seq_len,
         max_chunk=min(prefill_chunk(config, options, max_seq_len, precision), max_seq_len),
+        max_steps=config.reasoning.steps if config.reasoning and config.thinks else 1,
         workspace_gib=options.workspace_gib,
         shapes=options.shapes,
         on_line=on_line,

@@ -1,7 +1,7 @@
 """Optimisation profiles: for each named dimension a least, a likely and a largest size, then shapes derived by name.
 
 Letters: B batch, S new tokens, T cached tokens, Q positions whose logits are wanted; T/n rows that each stand for n
-cached tokens.
+cached tokens; P earlier steps of a thought.
 """
 
 from __future__ import annotations
@@ -47,19 +47,21 @@ class ShapeOverride:
         return bool(self.min or self.opt or self.max)
 
 
-def dim_table(max_batch: int, max_seq_len: int, max_chunk: int) -> dict[str, dict[str, Size]]:
+def dim_table(max_batch: int, max_seq_len: int, max_chunk: int, max_steps: int = 1) -> dict[str, dict[str, Size]]:
     """Sizes of each letter, by profile. A chunk of one token needs no profile of its own.
 
     Whoever runs the graph gives it one cached row at least, since operators refuse to gather from none.
     """
-    for name, value in (("max_batch", max_batch), ("max_seq_len", max_seq_len), ("max_chunk", max_chunk)):
+    given = {"max_batch": max_batch, "max_seq_len": max_seq_len, "max_chunk": max_chunk, "max_steps": max_steps}
+    for name, value in given.items():
         if value < 1:
             raise BadInput(f"{name} must be at least 1", f"{name}: {value}", f"Give a larger {name}.")
     cached = (1, max(1, max_seq_len // 2), max_seq_len)
     chunk = (1, max_chunk, max_chunk)
-    table = {"decode": {"B": (1, max_batch, max_batch), "S": (1, 1, 1), CACHED: cached, "Q": (1, 1, 1)}}
+    both: dict[str, Size] = {CACHED: cached, "P": (0, max_steps // 2, max_steps - 1)}
+    table = {"decode": {"B": (1, max_batch, max_batch), "S": (1, 1, 1), "Q": (1, 1, 1), **both}}
     if max_chunk > 1:
-        table["prefill"] = {"B": (1, 1, max_batch), "S": chunk, CACHED: cached, "Q": (1, 1, max_chunk)}
+        table["prefill"] = {"B": (1, 1, max_batch), "S": chunk, "Q": (1, 1, max_chunk), **both}
     return table
 
 
@@ -82,6 +84,7 @@ def derive_profiles(
     max_batch: int,
     max_seq_len: int,
     max_chunk: int,
+    max_steps: int = 1,
     override: ShapeOverride | None = None,
 ) -> tuple[Profile, ...]:
     """The profiles of a graph with these inputs: decode and prefill, or the single one the user's shapes make.
@@ -93,7 +96,7 @@ def derive_profiles(
     """
     if not any(isinstance(dim, str) for dims in inputs.values() for dim in dims):
         return ()
-    table = dim_table(max_batch, max_seq_len, max_chunk)
+    table = dim_table(max_batch, max_seq_len, max_chunk, max_steps)
     if override:
         return (_overridden(inputs, override, table),)
     return tuple(Profile(name, _shapes(inputs, sizes, {})) for name, sizes in table.items())

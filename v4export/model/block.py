@@ -132,14 +132,6 @@ def block_shares(config: ModelConfig, layer: int) -> dict[str, str]:
     return shares
 
 
-def _attention(config: ModelConfig, layer: int, storage: Storage, absorbed: bool) -> nn.Module:
-    c = config.compressed
-    if c is None:
-        return LatentAttention(config, storage, absorbed)
-    kinds = {WINDOW: WindowAttention, CSA: EntryAttention, HCA: EntryAttention}
-    return kinds.get(c.layers[layer], SharedEntryAttention)(config, layer, storage)
-
-
 class Block(nn.Module):
     """Engram where there is any; norm, attention, residual; norm, feed-forward, residual.
 
@@ -164,7 +156,7 @@ class Block(nn.Module):
         self.engram = EngramMemory(c, layer, storage) if c.has_engram(layer) else None
         self.attn_hc = HyperConnection(c) if c.hyper else Residual()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        self.self_attn = _attention(c, layer, storage, absorbed)
+        self.self_attn = self._attention(c, layer, storage, absorbed)
         self.ffn_hc = HyperConnection(c) if c.hyper else Residual()
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
         self.routed = c.is_moe(layer)
@@ -173,6 +165,14 @@ class Block(nn.Module):
             if self.routed
             else SwiGLU(c.hidden_size, c.intermediate_size, storage, c.swiglu_limit)
         )
+
+    @staticmethod
+    def _attention(config: ModelConfig, layer: int, storage: Storage, absorbed: bool) -> nn.Module:
+        c = config.compressed
+        if c is None:
+            return LatentAttention(config, storage, absorbed)
+        kinds = {WINDOW: WindowAttention, CSA: EntryAttention, HCA: EntryAttention}
+        return kinds.get(c.layers[layer], SharedEntryAttention)(config, layer, storage)
 
     def forward(
         self,
@@ -228,22 +228,37 @@ class Head(nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, logits_at_BQ: torch.Tensor, pre_MX: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """float32 [B, Q, V] of steps ``logits_at`` (0 .. S-1) of every sequence; ``pre_MX`` where single-pass."""
-        (B, Q), h = logits_at_BQ.shape, self.config.hyper
-        wanted = _at(hidden, logits_at_BQ, self.hidden_shape)
-        if h and h.single_pass:
-            assert pre_MX is not None
-            wanted = collapse(wanted, _at(pre_MX, logits_at_BQ, (h.streams,)))
-        elif h:
-            wanted = self.hc_head(wanted)
-        logits_NV = self.lm_head(self.norm(wanted)).float()
-        return logits_NV.reshape(B, Q, self.lm_head.weight.shape[0])
+    ) -> tuple[torch.Tensor, ...]:
+        """As ``head_returns`` says, of steps ``logits_at`` (0 .. S-1) of every sequence; ``pre_MX`` where single-pass.
+
+        Logits float32 [B, Q, V]; where thoughts may follow, also the hidden states [B, Q, D] that they start from.
+        """
+        if pre_MX is not None:
+            assert self.config.hyper is not None
+            pre_MX = _at(pre_MX, logits_at_BQ, (self.config.hyper.streams,))
+        trunk_MD = self.collapsed(_at(hidden, logits_at_BQ, self.hidden_shape), pre_MX)
+        logits = self.logits(self.norm(trunk_MD)).unflatten(0, logits_at_BQ.shape)
+        return (logits, trunk_MD.unflatten(0, logits_at_BQ.shape)) if self.config.thinks else (logits,)
+
+    def collapsed(self, hidden: torch.Tensor, pre_MX: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states without streams, [M, D]."""
+        if pre_MX is not None:
+            return collapse(hidden, pre_MX)
+        return self.hc_head(hidden) if self.config.hyper else hidden
+
+    def logits(self, normed_MD: torch.Tensor) -> torch.Tensor:
+        """float32 [M, V]."""
+        return self.lm_head(normed_MD).float()
 
 
 def head_reads(config: ModelConfig) -> list[str]:
     """What the head reads, in order."""
     return ["hidden", "logits_at", *(["pre"] if config.hyper and config.hyper.single_pass else [])]
+
+
+def head_returns(config: ModelConfig) -> list[str]:
+    """What it returns, in order."""
+    return ["logits", *(["trunk"] if config.thinks else [])]
 
 
 def _at(values: torch.Tensor, logits_at_BQ: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -6,7 +6,8 @@ into the query and V into the output lets attention run on the cached latents th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,22 @@ from v4export.plugins.sparse_latent_attention.op import sparse_latent_attention
 
 #: DeepSeek's own modelling code gives the two latent norms this eps whatever ``rms_norm_eps`` says.
 LATENT_NORM_EPS = 1e-6
+
+
+class Projected(NamedTuple):
+    """What hidden states are projected to.
+
+    Attributes:
+        q_nope: queries without a position, [M, H, N].
+        q_rope: rotated queries, [M, H, R].
+        row_MW: rows to be cached, [latent | rotated key].
+        low: what queries were projected from: their low-rank form, or the hidden states.
+    """
+
+    q_nope: Tensor
+    q_rope: Tensor
+    row_MW: Tensor
+    low: Tensor
 
 
 class LatentAttention(nn.Module):
@@ -61,26 +78,44 @@ class LatentAttention(nn.Module):
             state: ``latent`` [B, T, W], cached rows [latent | rotated key]; ``index_key`` [B, T, I] with an indexer.
             selected_MK: overrules the indexer.
         """
+        position_B, parts = shared["position"], self.project(x_MD, *rotation(shared, "main"))
+        new_BSW = parts.row_MW.reshape(position_B.shape[0], -1, self.config.latent_dim)
+        rows = {"latent": new_BSW}
+        if self.indexer:
+            rows["index_key"], own_MK = self.indexer(x_MD, parts.low, shared, state["index_key"])
+            selected_MK = own_MK if selected_MK is None else selected_MK
+        attend = self._absorbed if self.absorbed else self._naive
+        out_MHV = attend(parts, new_BSW, state["latent"], position_B, selected_MK)
+        return Attended(self.output(out_MHV), rows, selected_MK)
+
+    def project(self, x_MD: Tensor, cos: Tensor, sin: Tensor) -> Projected:
+        """Queries, and the rows to be cached, of normed hidden states; cos and sin [1, M, R/2] rotate both."""
         c = self.config
-        position_B, (cos, sin) = shared["position"], rotation(shared, "main")
         low = x_MD if c.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x_MD))
         query = self.q_proj(x_MD) if c.q_lora_rank is None else self.q_b_proj(low)
         q_nope, q_rope = query.reshape(-1, c.num_heads, c.qk_head_dim).split(
             [c.qk_nope_head_dim, c.qk_rope_head_dim], -1
         )
-        latent, k_rope = self.kv_a_proj_with_mqa(x_MD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent, k_rope = self._latent(x_MD)
         # The key's one head is rotated along with the queries' heads.
-        rotated = rotate(torch.cat([q_rope, k_rope.unsqueeze(1)], 1), cos, sin)
+        rotated = rotate(torch.cat([q_rope, k_rope], 1), cos, sin)
         q_rope, k_rope = rotated.split([c.num_heads, 1], 1)
-        row_MW = torch.cat([self.kv_a_layernorm(latent), k_rope.squeeze(1)], -1)
-        new_BSW = row_MW.reshape(position_B.shape[0], -1, c.latent_dim)
-        rows = {"latent": new_BSW}
-        if self.indexer:
-            rows["index_key"], own_MK = self.indexer(x_MD, low, shared, state["index_key"])
-            selected_MK = own_MK if selected_MK is None else selected_MK
-        attend = self._absorbed if self.absorbed else self._naive
-        out_MHV = attend(q_nope, q_rope, new_BSW, state["latent"], position_B, selected_MK)
-        return Attended(self.o_proj(out_MHV.reshape(-1, c.num_heads * c.v_head_dim)), rows, selected_MK)
+        return Projected(q_nope, q_rope, torch.cat([latent, k_rope.squeeze(1)], -1), low)
+
+    def rows(self, x_MD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The rows [M, W] alone."""
+        latent, k_rope = self._latent(x_MD)
+        return torch.cat([latent, rotate(k_rope, cos, sin).squeeze(1)], -1)
+
+    def _latent(self, x_MD: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [M, L], normed, and the key's one head [M, 1, R] before it is rotated."""
+        widths = [self.config.kv_lora_rank, self.config.qk_rope_head_dim]
+        latent, k_rope = self.kv_a_proj_with_mqa(x_MD).split(widths, -1)
+        return self.kv_a_layernorm(latent), k_rope.unsqueeze(1)
+
+    def output(self, out_MHV: Tensor) -> Tensor:
+        """What heads return, projected to [M, D]."""
+        return self.o_proj(out_MHV.reshape(-1, self.config.num_heads * self.config.v_head_dim))
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """Per head, from latent to key [H, N, L] and to value [H, V, L]."""
@@ -89,40 +124,47 @@ class LatentAttention(nn.Module):
         to_key, to_value = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         return to_key, to_value
 
-    def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, new_BSW: Tensor, cache_BTW: Tensor, position_B: Tensor,
-        selected_MK: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def over_latents(self, parts: Projected, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """[M, H, V], the absorbed way; ``attend`` takes queries [M, H, W] to weighted latents [M, H, L]."""
         to_key, to_value = self.up_projections()
-        q_latent = torch.matmul(q_nope.transpose(0, 1), to_key).transpose(0, 1)
-        q_MHW = torch.cat([q_latent, q_rope], -1)
-        sizes = self.config.kv_lora_rank, self.config.softmax_scale
-        if selected_MK is None:
-            z_MHL = latent_attention(q_MHW, new_BSW, cache_BTW, position_B, *sizes)
-        else:
-            z_MHL = sparse_latent_attention(q_MHW, new_BSW, cache_BTW, selected_MK, position_B, *sizes)
+        q_latent = torch.matmul(parts.q_nope.transpose(0, 1), to_key).transpose(0, 1)
+        z_MHL = attend(torch.cat([q_latent, parts.q_rope], -1))
         return torch.matmul(z_MHL.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
 
-    def _naive(
-        self, q_nope: Tensor, q_rope: Tensor, new_BSW: Tensor, cache_BTW: Tensor, position_B: Tensor,
-        selected_MK: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        c = self.config
-        B, S, _ = new_BSW.shape
-        T = cache_BTW.shape[1]
-        latent, k_rope = torch.cat([cache_BTW, new_BSW], 1).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+    def naive(self, parts: Projected, rows_BUW: Tensor, visible_BSU: Tensor) -> Tensor:
+        """[M, H, V] with keys and values of every row written out: [B, U, W], of which each query sees some."""
+        c, (B, S, _) = self.config, visible_BSU.shape
+        latent, k_rope = rows_BUW.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         to_key, to_value = self.up_projections()
         k_nope = torch.einsum("bul,hnl->bhun", latent, to_key)
         value = torch.einsum("bul,hvl->bhuv", latent, to_value)
-        q_nope, q_rope = (q.reshape(B, S, c.num_heads, -1).transpose(1, 2) for q in (q_nope, q_rope))
+        q_nope, q_rope = (q.reshape(B, S, c.num_heads, -1).transpose(1, 2) for q in (parts.q_nope, parts.q_rope))
         score_BHSU = (q_nope @ k_nope.mT + q_rope @ k_rope[:, None].mT) * c.softmax_scale
-        step = torch.arange(S, device=latent.device)
-        held = (torch.arange(T, device=latent.device) < position_B[:, None])[:, None].expand(B, S, T)
+        p = score_BHSU.float().masked_fill(~visible_BSU[:, None], float("-inf")).softmax(-1).to(value.dtype)
+        return (p @ value).transpose(1, 2).flatten(0, 1)
+
+    def _absorbed(
+        self, parts: Projected, new_BSW: Tensor, cache_BTW: Tensor, position_B: Tensor, selected_MK: Tensor | None
+    ) -> Tensor:
+        sizes = self.config.kv_lora_rank, self.config.softmax_scale
+
+        def attend(q_MHW: Tensor) -> Tensor:
+            if selected_MK is None:
+                return latent_attention(q_MHW, new_BSW, cache_BTW, position_B, *sizes)
+            return sparse_latent_attention(q_MHW, new_BSW, cache_BTW, selected_MK, position_B, *sizes)
+
+        return self.over_latents(parts, attend)
+
+    def _naive(
+        self, parts: Projected, new_BSW: Tensor, cache_BTW: Tensor, position_B: Tensor, selected_MK: Tensor | None
+    ) -> Tensor:
+        (B, S, _), T = new_BSW.shape, cache_BTW.shape[1]
+        step = torch.arange(S, device=new_BSW.device)
+        held = (torch.arange(T, device=new_BSW.device) < position_B[:, None])[:, None].expand(B, S, T)
         visible = torch.cat([held, (step <= step[:, None]).expand(B, S, S)], -1)
         if selected_MK is not None:
             visible = visible & _among(selected_MK.reshape(B, S, -1), position_B, T, S)
-        p = score_BHSU.float().masked_fill(~visible[:, None], float("-inf")).softmax(-1).to(value.dtype)
-        return (p @ value).transpose(1, 2).flatten(0, 1)
+        return self.naive(parts, torch.cat([cache_BTW, new_BSW], 1), visible)
 
 
 def _among(selected_BSK: Tensor, position_B: Tensor, T: int, S: int) -> Tensor:

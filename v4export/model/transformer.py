@@ -11,15 +11,24 @@ from torch import nn
 from v4export.config import ModelConfig
 from v4export.model.block import STATE, Block, Embed, Head, block_shares, head_reads
 from v4export.model.linear import IN_FLOAT32, Storage
+from v4export.model.reasoning import ThinkingHead, Thought
 from v4export.state_contract import state_tensors
 
 
 class Step(NamedTuple):
-    """What one step returns: logits float32 [B, Q, V], and per layer new rows by name and hidden states."""
+    """What one step returns.
+
+    Attributes:
+        logits: float32 [B, Q, V].
+        rows: per layer, reasoning layers behind the model's own, new rows by name.
+        hidden: per layer of the model's own, hidden states.
+        trunk: where the model can think, the last hidden states of the wanted positions, [B, Q, D].
+    """
 
     logits: torch.Tensor
     rows: list[dict[str, torch.Tensor]]
     hidden: list[torch.Tensor]
+    trunk: torch.Tensor | None = None
 
 
 class Transformer(nn.Module):
@@ -30,11 +39,11 @@ class Transformer(nn.Module):
         self.config, self.storage = config, storage
         self.embed = Embed(config, storage)
         self.layers = nn.ModuleList(Block(config, i, storage, absorbed) for i in range(config.num_layers))
-        self.head = Head(config, storage)
+        self.head = ThinkingHead(config, storage, absorbed) if config.thinks else Head(config, storage)
 
     def empty_state(self, batch: int = 1) -> list[dict[str, torch.Tensor]]:
         """A state that holds no token: per layer, tensors [B, rows, width] by name."""
-        return [empty_state(self.config, layer, self.storage.dtype, batch) for layer in range(self.config.num_layers)]
+        return [empty_state(self.config, layer, self.storage.dtype, batch) for layer in range(self.config.state_layers)]
 
     def forward(
         self,
@@ -58,7 +67,30 @@ class Transformer(nn.Module):
         x, shared = self.embed.shared(ids_BS, position_B, decoder_start_B)
         rows, hidden = self._through(range(self.config.num_layers), x, shared, state, engram)
         shared["logits_at"] = logits_at_BQ
-        return Step(self.head(*(shared[name] for name in head_reads(self.config))), rows, hidden)
+        logits, *trunk = self.head(*(shared[name] for name in head_reads(self.config)))
+        if isinstance(self.head, ThinkingHead):
+            latents = self.head.rows(shared["hidden"], position_B, shared.get("pre"))
+            rows += [{"latent": latent} for latent in latents]
+        return Step(logits, rows, hidden, *trunk)
+
+    def think(
+        self,
+        trunk_BQD: torch.Tensor,
+        thought_at_BQ: torch.Tensor,
+        state: Sequence[Mapping[str, torch.Tensor]],
+        steps: int | None = None,
+    ) -> Thought:
+        """Thoughts about positions whose rows the state holds; nothing of them is kept.
+
+        Args:
+            trunk_BQD: what ``forward`` returned of them.
+            thought_at_BQ: the positions, int64.
+            state: per layer, its tensors by name.
+            steps: of a thought; the model's own number unless given.
+        """
+        assert isinstance(self.head, ThinkingHead)
+        latents = [layer["latent"] for layer in state[self.config.num_layers :]]
+        return self.head.think(trunk_BQD, thought_at_BQ, *latents, steps=steps)
 
     def remember(
         self,

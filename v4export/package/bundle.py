@@ -10,12 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from v4export.config import ModelConfig
+from v4export.config.chosen import UNCHANGED, Chosen
 from v4export.config.readers import read_config
 from v4export.errors import BadInput, NotEnough, NumbersDiffer
 from v4export.plain import to_json
@@ -33,14 +34,16 @@ class Bundle:
     Attributes:
         folder: where it lies.
         manifest: what ``v4export.json`` says.
-        config: the model.
+        config: the model, as it was chosen.
         precision: of the graph.
+        chosen: what was changed of the checkpoint's model.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
     config: ModelConfig
     precision: Precision
+    chosen: Chosen = UNCHANGED
 
     @staticmethod
     def open(folder: Path) -> Bundle:
@@ -61,10 +64,9 @@ class Bundle:
                 f"{folder} was made by another version", f"format {found}, this reads {_FORMAT}", "build it again"
             )
         try:
-            config = read_config(manifest["config"]).first_layers(manifest["layers"])
-            if config.engram:
-                config = replace(config, engram=replace(config.engram, inside=manifest["engram_inside"]))
-            return Bundle(folder, manifest, config, precision(manifest["precision"], config))
+            chosen = Chosen.read(manifest["chosen"])
+            config = chosen.of(read_config(manifest["config"]))
+            return Bundle(folder, manifest, config, precision(manifest["precision"], config), chosen)
         except (KeyError, TypeError) as error:
             raise BadInput(f"{folder / MANIFEST} is not whole", f"{error!r}", "build the bundle again") from error
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from v4export.errors import BadInput, NotSupported
+from v4export.runtime.pausing import Pause, Pausing, Thought, paused
 from v4export.runtime.sampling import Sampler, Sampling
 from v4export.runtime.tokenizer import Tokenizer
 
@@ -30,10 +31,12 @@ class Executor(Protocol):
     Attributes:
         max_seq_len: the most tokens that a row of its state can hold.
         tail: of a model with a decoder, how many of a prompt's last tokens have to pass it; else None.
+        trunk: of a model that thinks, what thoughts about the last step's wanted positions start from, [B, Q, D].
     """
 
     max_seq_len: int
     tail: int | None
+    trunk: np.ndarray | None
 
     def new_state(self, batch: int = 1) -> Any:
         """State that holds no tokens, for ``batch`` rows."""
@@ -70,6 +73,9 @@ class Executor(Protocol):
     ) -> None:
         """The same without the decoder, and so without logits; only where there is a ``tail``."""
 
+    def think(self, trunk_BQD: np.ndarray, state: Any, *, steps: int | None = None) -> Thought:
+        """Thinks about the last token of each row; only of a model that thinks. The state stays as it is."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -78,6 +84,7 @@ class Event:
     step: int  # 0 for the first new token
     tokens_B: tuple[int | None, ...]  # None for a row that finished at an earlier step
     finished_B: tuple[FinishReason | None, ...]  # stop: the token was a stop id; length: no room; None: it runs
+    pauses_B: tuple[Pause | None, ...] = ()  # what was thought ahead of it; None where nothing was
 
 
 @dataclass(frozen=True)
@@ -100,10 +107,11 @@ class Generation:
     prompt_tokens: int  # how many the prompt had
     finish_reason: FinishReason  # stop: a stop id or stop string; length: no room
     timings: Timings
+    pauses: tuple[Pause, ...] = ()  # where it thought, and what
 
     def as_json(self) -> dict[str, Any]:
         """The same, as JSON values."""
-        return asdict(self) | {"tokens": list(self.tokens)}
+        return asdict(self) | {"tokens": list(self.tokens), "pauses": [asdict(one) for one in self.pauses]}
 
 
 def generate(
@@ -115,6 +123,7 @@ def generate(
     stop_ids: frozenset[int] = frozenset(),
     chunk: int = 512,
     skip_decoder: bool = False,
+    pausing: Pausing | None = None,
 ) -> Iterator[Event]:
     """Generates for a batch of prompts of any lengths, one event a step, until every row has finished.
 
@@ -130,6 +139,7 @@ def generate(
         chunk: the most prompt tokens fed in one step.
         skip_decoder: let all but the last tokens of a prompt pass only the layers before the decoder, which changes the
             result a little.
+        pausing: when to think before a token; None is never.
 
     Raises:
         NotSupported: the model has no decoder to skip.
@@ -151,7 +161,7 @@ def generate(
     if skip_decoder and executor.tail is None:
         raise NotSupported("this model has no decoder that prompts could skip", fix="leave --skip-decoder out")
     most = [min(max_new_tokens, executor.max_seq_len - len(prompt) + 1) for prompt in prompts]
-    return _loop(executor, prompts, most, sampler, stop_ids, chunk, skip_decoder)
+    return _loop(executor, prompts, most, sampler, stop_ids, chunk, skip_decoder, pausing)
 
 
 def _loop(
@@ -162,15 +172,17 @@ def _loop(
     stop_ids: frozenset[int],
     chunk: int,
     skip_decoder: bool,
+    pausing: Pausing | None,
 ) -> Iterator[Event]:
     """``generate`` after its checks; ``most`` is how many new tokens each row may get."""
     batch = len(prompts)
     state = executor.new_state(batch)
-    logits_BV = _prefill(executor, state, prompts, chunk, skip_decoder)
+    logits_BV, trunk_BD = _prefill(executor, state, prompts, chunk, skip_decoder)
     finished: list[FinishReason | None] = [None] * batch
     step = 0
     while True:
         running_B = np.array([reason is None for reason in finished])
+        logits_BV, pauses_B = paused(executor, state, pausing, logits_BV, trunk_BD, running_B, step)
         # A finished row's logits are of padding, where a NaN is no error.
         picked_B = sampler.pick(np.where(running_B[:, None], logits_BV, 0)).tolist()
         for row in np.flatnonzero(running_B).tolist():
@@ -179,7 +191,7 @@ def _loop(
             elif step + 1 == most[row]:
                 finished[row] = "length"
         tokens_B = tuple(token if runs else None for token, runs in zip(picked_B, running_B, strict=True))
-        yield Event(step, tokens_B, tuple(finished))
+        yield Event(step, tokens_B, tuple(finished), pauses_B)
         if all(finished):
             return
         lengths_B = np.array([reason is None for reason in finished], dtype=np.int64)
@@ -189,13 +201,18 @@ def _loop(
             logits_at_BQ=np.zeros((batch, 1), dtype=np.int64),
             lengths_B=None if lengths_B.all() else lengths_B,
         )[:, 0]
+        trunk_BD = None if executor.trunk is None else executor.trunk[:, 0]
         step += 1
 
 
 def _prefill(
     executor: Executor, state: Any, prompts: Sequence[Sequence[int]], chunk: int, skip_decoder: bool
-) -> np.ndarray:
-    """Feeds the prompts in chunks. Returns [B, V], the logits after each prompt's last token."""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Feeds the prompts in chunks.
+
+    Returns:
+        Logits [B, V] after each prompt's last token, and [B, D], what a thought about it starts from.
+    """
     longest = max(map(len, prompts))
     cuts = [max(0, len(prompt) - ((skip_decoder and executor.tail) or longest)) for prompt in prompts]
     heads = [prompt[:cut] for prompt, cut in zip(prompts, cuts, strict=True)]
@@ -204,6 +221,7 @@ def _prefill(
     following: list[Coming | None] = [(tokens_BS, lengths_B) for _, tokens_BS, lengths_B in steps[1:]]
     left_B = np.array([len(one) for one in tails])
     last_B: list[Any] = [None] * len(prompts)
+    trunk_B: list[Any] = [None] * len(prompts)
     for (is_tail, tokens_BS, lengths_B), coming in zip(steps, [*following, None], strict=True):
         if not is_tail:
             executor.remember(tokens_BS, state, lengths_B=lengths_B, coming=coming)
@@ -215,7 +233,8 @@ def _prefill(
         logits_BQV = executor.step(tokens_BS, state, logits_at_BQ=logits_at_BQ, lengths_B=lengths_B, coming=coming)
         for row in ends.tolist():
             last_B[row] = np.array(logits_BQV[row, 0])  # a copy: the executor may reuse its output buffer
-    return np.stack(last_B)
+            trunk_B[row] = None if executor.trunk is None else np.array(executor.trunk[row, 0])
+    return np.stack(last_B), None if trunk_B[0] is None else np.stack(trunk_B)
 
 
 def _chunks(rows: Sequence[Sequence[int]], chunk: int) -> Iterator[Coming]:
@@ -281,6 +300,7 @@ def run_text(
     ignore_eos: bool = False,
     chunk: int = 512,
     skip_decoder: bool = False,
+    pausing: Pausing | None = None,
     refused_ids: Mapping[int, str] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
@@ -323,8 +343,10 @@ def run_text(
         stop_ids=frozenset() if ignore_eos else ends,
         chunk=chunk,
         skip_decoder=skip_decoder,
+        pausing=pausing,
     )
     tokens: list[int] = []
+    pauses: list[Pause] = []
     reason: FinishReason = "length"
     encoded = first = last = time.monotonic()
     for event in events:
@@ -333,6 +355,7 @@ def run_text(
         token = event.tokens_B[0]
         assert token is not None, "the only row runs until the last event"
         tokens.append(token)
+        pauses += [_spelt(pause, token, tokenizer) for pause in event.pauses_B if pause]
         reason = event.finished_B[0] or reason
         if event.finished_B[0] != "stop":  # a stop id is a mark, even where it stands for text
             show(stops.push(stream.push(token)))
@@ -352,4 +375,11 @@ def run_text(
             decode_tokens_per_s=(len(tokens) - 1) / max(last - first, _SHORTEST_S),
             first_token_s=first - start,
         ),
+        pauses=tuple(pauses),
     )
+
+
+def _spelt(pause: Pause, token: int, tokenizer: Tokenizer) -> Pause:
+    """The same with text."""
+    text, before = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (pause.tokens, [token]))
+    return replace(pause, text=text, before=before)

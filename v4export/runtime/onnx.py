@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 
 from v4export.config import ModelConfig
 from v4export.engram.files import load_feed
-from v4export.errors import BadInput, NotEnough, NotSupported, missing_package
-from v4export.graphs.export import LOWERED_FOR_CPU, PORTABLE, REMEMBERING, REMEMBERING_FOR_CPU
-from v4export.graphs.lower import bodies_for_cpu, with_bodies
+from v4export.errors import BadInput
+from v4export.graphs.export import PORTABLE, REMEMBERING
 from v4export.graphs.stamp import engram_name, new_state_name, state_name
 from v4export.graphs.trace import DECODER_START
 from v4export.graphs.weights import numpy_dtype
 from v4export.precision import Precision
 from v4export.runtime.generate import Coming
+from v4export.runtime.sessions import Running, Session
 from v4export.runtime.state import State
+from v4export.runtime.thinking import OnnxThinker, Thought
 from v4export.state_contract import may_skip_decoder
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-#: ``ENABLE_ALL`` turns dequantise-and-multiply into products with int8 activations, an error of 1e-2. Level 0 keeps
-#: activations in their own type.
-_EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
-
-#: A GPU multiplies float32 as TF32 unless told not to, which is an error of 6e-4.
-_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 
 class OnnxExecutor:
@@ -49,9 +36,11 @@ class OnnxExecutor:
         threads: of onnxruntime; 0 lets it choose.
         prepack: let onnxruntime keep a copy of the weights in its kernels' layout: faster prefill, twice the memory.
         bodies: on a CPU, run the portable graph's own bodies in place of the fast copy.
+        thought_taps: let thoughts also return the hidden states after each of their layers.
 
     Attributes:
         tapped: the tapped values of the last step, and what was looked up for it.
+        trunk: of a model that thinks, what thoughts about the last step's wanted positions start from, [B, Q, D].
         tail: of a model with a decoder, how many of a prompt's last tokens have to pass it; else None.
     """
 
@@ -67,17 +56,18 @@ class OnnxExecutor:
         threads: int = 0,
         prepack: bool = True,
         bodies: bool = False,
+        thought_taps: bool = False,
     ) -> None:
-        self.config, self.max_seq_len, self.taps = config, max_seq_len, tuple(taps)
+        self.config, self.max_seq_len = config, max_seq_len
         self._state_dtype = numpy_dtype(precision.activations)
-        self._state_type = int(ir.DataType.from_numpy(self._state_dtype))
-        self._folder = folder
-        how = (folder, device, threads, prepack, bodies)
-        self._session = _session(PORTABLE, self.taps, *how)
+        how = Running(folder, device, threads, prepack, bodies)
+        self._session = Session(how, PORTABLE, taps)
         # Few users of a model with a decoder skip it, and a second session has weights of its own.
-        self._remembering = functools.cache(lambda: _session(REMEMBERING, (), *how))
+        self._remembering = functools.cache(lambda: Session(how, REMEMBERING))
         self._lookup = load_feed(folder, self._state_dtype) if config.engram else None
+        self._thinker = OnnxThinker(how, config, thought_taps) if config.thinks else None
         self.tapped: dict[str, np.ndarray] = {}
+        self.trunk: np.ndarray | None = None
         self._has_decoder = any(map(config.is_decoder, range(config.num_layers)))
         self.tail = config.compressed.window if config.compressed and may_skip_decoder(config) else None
 
@@ -111,19 +101,15 @@ class OnnxExecutor:
             logits float32 [B, Q, V].
         """
         logits = np.empty((*logits_at_BQ.shape, self.config.vocab_size), np.float32)
-        given = {"logits_at": logits_at_BQ}
+        given, outputs = {"logits_at": logits_at_BQ}, {"logits": logits}
         if self._has_decoder:
             given[DECODER_START] = state.decoder_start_B
-        binding = self._bound(self._session, tokens_BS, state, lengths_B, given, coming)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, _address(logits))
-        for name in self.taps:
-            binding.bind_output(name, "cpu")
-        with _explained(self._folder):
-            self._session.run_with_iobinding(binding)
-        if self.taps:
-            outputs = binding.get_outputs()[-len(self.taps) :]
-            self.tapped = {name: _array(value) for name, value in zip(self.taps, outputs, strict=True)}
-            self.tapped |= {name: rows.reshape(-1, rows.shape[-1]) for name, rows in binding.looked_up.items()}
+        if self._thinker:
+            self.trunk = np.empty((*logits_at_BQ.shape, self.config.hidden_size), self._state_dtype)
+            outputs["trunk"] = self.trunk
+        found = self._looked_up(tokens_BS, state, lengths_B, coming)
+        self.tapped = self._run(self._session, tokens_BS, state, lengths_B, given | found, outputs)
+        self.tapped |= {name: rows.reshape(-1, rows.shape[-1]) for name, rows in found.items()}
         state.commit(_advance(tokens_BS, lengths_B))
         return logits
 
@@ -140,136 +126,73 @@ class OnnxExecutor:
         What decoder layers see of a sequence begins behind them: it is what the model's authors do with all but the
         last tokens of a prompt, and not the same as running every token through every layer.
         """
-        binding = self._bound(self._remembering(), tokens_BS, state, lengths_B, {}, coming, remembered_only=True)
-        with _explained(self._folder):
-            self._remembering().run_with_iobinding(binding)
+        found = self._looked_up(tokens_BS, state, lengths_B, coming)
+        self._run(self._remembering(), tokens_BS, state, lengths_B, found, {}, remembered_only=True)
         state.commit(_advance(tokens_BS, lengths_B), past_decoder=False)
 
-    def _bound(
+    def think(
         self,
-        session: Any,
+        trunk_BQD: np.ndarray,
+        state: State,
+        *,
+        at_BQ: np.ndarray | None = None,
+        steps: int | None = None,
+        looped: bool = False,
+    ) -> Thought:
+        """Think about positions that the state holds; nothing of it is kept.
+
+        Args:
+            trunk_BQD: ``trunk`` of the step that had them.
+            state: read alone.
+            at_BQ: the positions, int64; each sequence's last one unless given.
+            steps: of a thought; as many as the model was exported for unless given.
+            looped: run a step at a time where the unrolled graph has as many steps.
+
+        Raises:
+            BadInput: the model does not think, or was not exported for so many steps.
+        """
+        if self._thinker is None:
+            raise BadInput("this model was exported without reasoning layers", fix="leave --think out")
+        at_BQ = state.lengths_B[:, None] - 1 if at_BQ is None else at_BQ
+        layers = range(self.config.num_layers, self.config.state_layers)
+        rows = {state_name(layer, "latent"): state.held(layer, "latent") for layer in layers}
+        return self._thinker.think(trunk_BQD, np.ascontiguousarray(at_BQ, np.int64), rows, steps, looped)
+
+    def _looked_up(
+        self, tokens_BS: np.ndarray, state: State, lengths_B: np.ndarray | None, coming: Coming | None
+    ) -> dict[str, np.ndarray]:
+        """What Engram layers look up for the step's tokens, by the graph's names."""
+        if self._lookup is None:
+            return {}
+        assert state.history_BN is not None
+        found, state.history_BN = self._lookup.rows(tokens_BS, state.history_BN, lengths_B)
+        if coming:
+            self._lookup.prefetch(coming[0], state.history_BN, coming[1])
+        return {engram_name(layer): np.ascontiguousarray(rows) for layer, rows in found.items()}
+
+    def _run(
+        self,
+        session: Session,
         tokens_BS: np.ndarray,
         state: State,
         lengths_B: np.ndarray | None,
-        given: dict[str, np.ndarray],
-        coming: Coming | None,
+        given: Mapping[str, np.ndarray],
+        outputs: dict[str, np.ndarray],
         remembered_only: bool = False,
-    ) -> Any:
-        """A binding of tokens, of what is looked up for them, and of the state's rows, in and out."""
+    ) -> dict[str, np.ndarray]:
+        """Run a graph over tokens, what is given besides, and the state's rows, in and out. The taps."""
         state.reserve(tokens_BS.shape[1], lengths_B)
-        binding = session.io_binding()
-        binding.looked_up = {}
-        integers = {"input_ids": tokens_BS, "position": state.lengths_B, **given}
-        inputs = {name: (np.ascontiguousarray(value, np.int64), _INT64) for name, value in integers.items()}
-        if self._lookup:
-            assert state.history_BN is not None
-            found, state.history_BN = self._lookup.rows(tokens_BS, state.history_BN, lengths_B)
-            if coming:
-                self._lookup.prefetch(coming[0], state.history_BN, coming[1])
-            kind = self._state_type if self._lookup.tables else _INT64
-            binding.looked_up = {engram_name(layer): np.ascontiguousarray(rows) for layer, rows in found.items()}
-            inputs |= {name: (rows, kind) for name, rows in binding.looked_up.items()}
-        # The graph of tokens that are only remembered does not read what it only adds to.
-        read = {value.name for value in session.get_inputs()} if remembered_only else None
+        inputs = {"input_ids": tokens_BS, "position": state.lengths_B, **given}
+        inputs = {n: np.ascontiguousarray(v, np.int64) if v.dtype.kind == "i" else v for n, v in inputs.items()}
         for layer, buffers in enumerate(state.layers):
             for name, buffer in buffers.items():
-                if remembered_only and not buffer.remembered:
-                    continue
-                held, room = state.held(layer, name), state.room(layer, name)
-                kind = _FLOAT32 if buffer.tensor.float32 else self._state_type
-                if read is None or state_name(layer, name) in read:
-                    inputs[state_name(layer, name)] = held, kind
-                binding.bind_output(new_state_name(layer, name), "cpu", 0, kind, room.shape, _address(room))
-        for name, (array, kind) in inputs.items():
-            binding.bind_input(name, "cpu", 0, kind, array.shape, _address(array))
-        # onnxruntime keeps addresses; the arrays live as long as what keeps them.
-        binding.kept = [array for array, _ in inputs.values()]
-        return binding
-
-
-_FLOAT32, _INT64 = int(ir.DataType.FLOAT), int(ir.DataType.INT64)
-
-#: onnxruntime refuses a null address even for an empty tensor.
-_NOWHERE = np.zeros(1, np.int64)
+                if buffer.remembered or not remembered_only:
+                    # Of what a graph only adds to it reads nothing.
+                    inputs[state_name(layer, name)] = state.held(layer, name)
+                    outputs[new_state_name(layer, name)] = state.room(layer, name)
+        return session.run(inputs, outputs)
 
 
 def _advance(tokens_BS: np.ndarray, lengths_B: np.ndarray | None) -> np.ndarray:
     """By how many tokens each sequence advances, [B]."""
     return np.full(len(tokens_BS), tokens_BS.shape[1]) if lengths_B is None else lengths_B
-
-
-def _array(value: Any) -> np.ndarray:
-    """A copy of an output; onnxruntime itself makes no bfloat16 arrays."""
-    kind = ir.DataType(value.element_type())
-    if kind != ir.DataType.BFLOAT16:
-        return value.numpy()
-    count = int(np.prod(value.shape()))
-    return np.frombuffer(ctypes.string_at(value.data_ptr(), 2 * count), kind.numpy()).reshape(value.shape())
-
-
-def _address(array: np.ndarray) -> int:
-    return array.ctypes.data if array.size else _NOWHERE.ctypes.data
-
-
-#: A portable graph and onnxruntime's own copy of it.
-_COPIES = {PORTABLE: LOWERED_FOR_CPU, REMEMBERING: REMEMBERING_FOR_CPU}
-
-
-def _graph(name: str, folder: Path, device: str, bodies: bool) -> onnx.ModelProto:
-    """The form of a graph that a device runs, weights not loaded."""
-    fast = device == "cpu" and not bodies
-    graph = folder / (_COPIES[name] if fast else name)
-    try:
-        if fast:
-            return onnx.load(graph, load_external_data=False)
-        return ir.to_proto(bodies_for_cpu(graph) if device == "cpu" else with_bodies(graph))
-    except Exception as error:  # protobuf's own errors have no common base
-        raise BadInput(f"cannot read {graph}", str(error), "build it again") from error
-
-
-def _session(
-    name: str, taps: Sequence[str], folder: Path, device: str, threads: int, prepack: bool, bodies: bool
-) -> Any:
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise missing_package("onnxruntime", "cpu", "running a graph") from error
-    if device not in PROVIDERS:
-        raise BadInput(f"unknown device {device!r}", f"known: {', '.join(PROVIDERS)}", "choose one of them")
-    if PROVIDERS[device] not in ort.get_available_providers():
-        raise NotSupported(
-            f"this onnxruntime has no {PROVIDERS[device]}",
-            f"it has {', '.join(ort.get_available_providers())}",
-            "pip install 'v4export[gpu]' in place of v4export[cpu], on a machine with a GPU",
-        )
-    model = _graph(name, folder, device, bodies)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    # The taps must reach the weights beside the file, so the folder is named and the graph given as bytes.
-    settings = {**_EXACT, "session.model_external_initializers_file_folder_path": str(folder.resolve())}
-    if not prepack:
-        settings["session.disable_prepacking"] = "1"
-    for key, value in settings.items():
-        options.add_session_config_entry(key, value)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
-    providers = list(dict.fromkeys([PROVIDERS[device], PROVIDERS["cpu"]]))
-    own = [_PROVIDER_OPTIONS.get(name, {}) for name in providers]
-    with _explained(folder):
-        return ort.InferenceSession(model.SerializeToString(), options, providers=providers, provider_options=own)
-
-
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """onnxruntime's errors have no common base: their module, or plain ``RuntimeError`` while a graph runs."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime."):
-            raise
-        text = str(error).strip().splitlines()[0]
-        if "alloc" in text:
-            raise NotEnough(f"not enough memory to run {folder}", text, "use a machine with more") from error
-        raise NotSupported(
-            f"onnxruntime cannot run the graph of {folder}", text, "if the bundle is whole, please report this"
-        ) from error

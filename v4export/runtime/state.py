@@ -80,7 +80,7 @@ class State:
             array = np.zeros((batch, tensor.ring or 1, tensor.width), kind)
             return Buffer(tensor, array, tensor in remembered(config, layer))
 
-        layers = [{t.name: buffer(t, i) for t in state_tensors(config, i)} for i in range(config.num_layers)]
+        layers = [{t.name: buffer(t, i) for t in state_tensors(config, i)} for i in range(config.state_layers)]
         state = cls(layers, np.zeros(batch, np.int64), limit, np.zeros(batch, np.int64))
         state._grow(min(_FIRST_CAPACITY, limit))
         return state

@@ -72,6 +72,11 @@ def shown(lines: Sequence[str]) -> tuple[str, ...]:
     return (*lines[:SHOWN], *([f"and {more} more"] if more > 0 else []))
 
 
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Norm of the difference over that of the reference."""
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
 def judge(
     name: str,
     found: Sequence[torch.Tensor],

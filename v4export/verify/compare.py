@@ -19,26 +19,34 @@ from v4export.config import ModelConfig
 from v4export.model.block import STATE, Block, BlockOutput, Embed, Head, block_shares, head_reads
 from v4export.model.load import fill
 from v4export.model.moe import MixtureOfExperts
+from v4export.model.reasoning import ThinkingHead
 from v4export.precision import Precision
 from v4export.state_contract import StateTensor, state_tensors
 from v4export.verify import tolerance
-from v4export.verify.boundary import Boundary, judge, shown
+from v4export.verify.boundary import Boundary, judge, relative, shown
 from v4export.verify.halves import Allowed, Errors, Watch, allowed, block_paths
 from v4export.verify.looked_up import EngramReference
 from v4export.verify.recording import Recording
 from v4export.verify.rounded import as_the_graph_holds, is_converted
 from v4export.verify.routing import Choices, compare_choices
 from v4export.verify.selection import IndexErrors, compare_candidates, compare_selections
+from v4export.verify.thoughts import ThoughtComparison, thought_boundaries
 
 
 def expected_boundaries(config: ModelConfig) -> int:
     """How many boundaries a verification has: weights, embedding, logits; of each layer its output and its state.
 
-    Where there are any, also of each layer what was looked up for it, and shares of the streams.
+    Where there are any, also of each layer what was looked up for it, shares of the streams, and what is thought.
     """
     shares = config.num_layers if config.hyper and config.hyper.single_pass else 0
     looked_up = sum(config.has_engram(layer) for layer in range(config.num_layers))
-    return 3 + shares + looked_up + sum(1 + len(state_tensors(config, i)) for i in range(config.num_layers))
+    return (
+        3
+        + shares
+        + looked_up
+        + thought_boundaries(config)
+        + sum(1 + len(state_tensors(config, i)) for i in range(config.num_layers))
+    )
 
 
 def compare(
@@ -105,6 +113,11 @@ class _Comparison:
         for layer in range(self.config.num_layers):
             yield from self._layer(layer)
         yield self._head()
+        if self.config.thinks:
+            heads = self._pair(lambda: ThinkingHead(self.config, absorbed=False))
+            yield from ThoughtComparison(
+                self.config, self.precision, self.recordings, heads, self.shared, self.free
+            ).run()
 
     def _embedding(self) -> Boundary:
         embed, exact = self._pair(lambda: Embed(self.config))
@@ -209,20 +222,20 @@ class _Comparison:
         choices = []
         if taken is not None:
             assert isinstance(block.mlp, MixtureOfExperts)
-            relative = limits.router_input + errors.feed_forward
+            error = limits.router_input + errors.feed_forward
             ids = torch.from_numpy(r.tokens)
-            choices.append(compare_choices(block.mlp.gate, c, watch.router_input, taken, relative, ids))
+            choices.append(compare_choices(block.mlp.gate, c, watch.router_input, taken, error, ids))
         if selected is not None and watch.index is not None:
             of_index = self._index_errors(layer, limits)
             choices.append(compare_selections(watch.index, selected, of_index))
             if layer in r.candidates:
                 kept = torch.from_numpy(r.candidates[layer])
                 choices.append(compare_candidates(watch.index, kept, of_index))
-        lost = _relative(out.hidden, step(exact, shared).hidden) if self.converted else 0.0
+        lost = relative(out.hidden, step(exact, shared).hidden) if self.converted else 0.0
         ran = step(exact, free)
         self._share(layer, free, ran.named(), held)
         self._share(layer, shared, self._recorded(layer, r, out), held)
-        carried = _relative(shared["hidden"], free["hidden"])
+        carried = relative(shared["hidden"], free["hidden"])
         rows = {t.name: _visible(t, out.rows[t.name][0], r) for t in state_tensors(c, layer)}
         return _Seen(out.hidden, rows, out.pre, limits, tuple(choices), lost, carried)
 
@@ -272,9 +285,9 @@ class _Comparison:
         for r, shared, free in zip(self.recordings, self.shared, self.free, strict=True):
             at = {"logits_at": torch.arange(len(r.tokens))[None]}
             given, ran = ([one[name] for name in head_reads(c)] for one in (shared | at, free | at))
-            wanted.append(head(*given)[0])
+            wanted.append(head(*given)[0][0])
             found.append(torch.from_numpy(r.logits))
-            carried.append(_relative(found[-1], exact(*ran)[0]))
+            carried.append(relative(found[-1], exact(*ran)[0][0]))
         limits = [tolerance.CONFIDENCE * path.error(self.precision) * w.norm(dim=-1) for w in wanted]
         return judge("logits", found, wanted, limits, path.derivation(self.precision)).also(carried=max(carried))
 
@@ -294,7 +307,3 @@ def _visible(tensor: StateTensor, new: torch.Tensor, recording: Recording) -> to
     start = len(recording.before)
     first, complete = tensor.complete(start), tensor.complete(start + len(recording.tokens))
     return new[max(first, complete - (tensor.ring or complete)) - first : complete - first]
-
-
-def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,14 +11,45 @@ import numpy as np
 from v4export.config import ModelConfig
 from v4export.graphs.stamp import candidates_name, engram_name, experts_name, hidden_name, selected_name, shares_name
 from v4export.runtime.generate import Executor
+from v4export.runtime.pausing import Thought
 from v4export.runtime.state import State
 from v4export.state_contract import state_tensors
 
 
 class TappedExecutor(Executor, Protocol):
-    """An executor that also returns values from inside the graph."""
+    """An executor that also returns values from inside the graph, and thinks about any positions in either form."""
 
     tapped: dict[str, np.ndarray]
+
+    def think(
+        self,
+        trunk_BQD: np.ndarray,
+        state: State,
+        *,
+        at_BQ: np.ndarray | None = None,
+        steps: int | None = None,
+        looped: bool = False,
+    ) -> Thought:
+        """As ``OnnxExecutor.think``."""
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Thoughts about all n tokens of a sequence, of K steps.
+
+    Attributes:
+        looped: whether they were run a step at a time.
+        hidden: by step from 1 and layer: float32 [n, D].
+        tokens: that were thought, int64 [n, K - 2].
+        weight: float32 [n].
+        logits: of the mixed predictions, float32 [n, V].
+    """
+
+    looped: bool
+    hidden: dict[tuple[int, int], np.ndarray]
+    tokens: np.ndarray
+    weight: np.ndarray
+    logits: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -37,6 +68,8 @@ class Recording:
         engram: by layer with Engram: what was looked up for it, float32 [n, W] or int64 numbers of rows [n, K].
         state: by layer and name: the rows that can still be seen, oldest first, float32 [rows, W].
         logits: float32 [n, V].
+        trunk: what thoughts start from, float32 [n, D], of a model that thinks.
+        thinking: thoughts in both forms, of a model that thinks.
     """
 
     tokens: np.ndarray
@@ -50,6 +83,8 @@ class Recording:
     engram: dict[int, np.ndarray]
     state: dict[tuple[int, str], np.ndarray]
     logits: np.ndarray
+    trunk: np.ndarray | None = None
+    thinking: tuple[Thinking, ...] = ()
 
 
 def _recorded(config: ModelConfig) -> dict[str, tuple[Callable[[int], str], list[int]]]:
@@ -104,7 +139,8 @@ def record(
             ids_BS[b, : len(piece)] = piece
         every_BS = np.broadcast_to(np.arange(S), (B, S))
         logits = executor.step(ids_BS, state, logits_at_BQ=every_BS, lengths_B=lengths_B)
-        for name, value in {**executor.tapped, "logits": logits.reshape(B * S, -1)}.items():
+        said = {"logits": logits} if executor.trunk is None else {"logits": logits, "trunk": executor.trunk}
+        for name, value in {**executor.tapped, **{n: v.reshape(B * S, -1) for n, v in said.items()}}.items():
             rows = value.reshape(B, S, *value.shape[1:])
             for b, length in enumerate(lengths_B):
                 # A copy: a view would keep what other sequences were padded with.
@@ -118,7 +154,30 @@ def record(
             row.append(int(newest[-1].argmax()))
         run([row[-1:] for row in tokens])
     ends = [_rows(config, state, b) for b in range(B)]
-    return [_recording(config, tokens[b], before[b], held[b], kept[b], ends[b]) for b in range(B)]
+    found = [_recording(config, tokens[b], before[b], held[b], kept[b], ends[b]) for b in range(B)]
+    return _with_thoughts(executor, found, state) if config.thinks else found
+
+
+def _with_thoughts(executor: TappedExecutor, found: Sequence[Recording], state: State) -> list[Recording]:
+    """The same with thoughts about every token that was recorded, side by side."""
+    trunks = [one.trunk for one in found if one.trunk is not None]
+    longest = max(map(len, trunks))
+    # Sequences that are shorter have their first token thought about again.
+    at_BQ = np.array([[t if t < len(trunk) else 0 for t in range(longest)] for trunk in trunks], np.int64)
+    trunk_BQD = np.stack([trunk[at] for trunk, at in zip(trunks, at_BQ, strict=True)])
+    at_BQ += np.array([[len(one.before)] for one in found])
+    forms = {looped: executor.think(trunk_BQD, state, at_BQ=at_BQ, looped=looped) for looped in (False, True)}
+    return [
+        replace(one, thinking=tuple(_thinking(looped, thought, b, len(trunk)) for looped, thought in forms.items()))
+        for b, (one, trunk) in enumerate(zip(found, trunks, strict=True))
+    ]
+
+
+def _thinking(looped: bool, thought: Thought, b: int, n: int) -> Thinking:
+    """Of thoughts about several sequences, those about the first ``n`` positions of one."""
+    B = len(thought.weight)
+    hidden = {place: v.reshape(B, -1, v.shape[-1])[b, :n].astype(np.float32) for place, v in thought.hidden.items()}
+    return Thinking(looped, hidden, thought.tokens[b, :n], thought.weight[b, :n], thought.logits[b, :n])
 
 
 def _held(config: ModelConfig, state: State, b: int) -> dict[tuple[int, str], np.ndarray]:
@@ -127,14 +186,14 @@ def _held(config: ModelConfig, state: State, b: int) -> dict[tuple[int, str], np
         (i, t.name): (buffer := state.layers[i][t.name])
         .array[b, : buffer.array.shape[1] if t.ring else t.complete(int(state.lengths_B[b]))]
         .astype(np.float32)
-        for i in range(config.num_layers)
+        for i in range(config.state_layers)
         for t in state_tensors(config, i)
     }
 
 
 def _rows(config: ModelConfig, state: State, b: int) -> dict[tuple[int, str], np.ndarray]:
     """Its rows that can still be seen."""
-    layers = range(config.num_layers)
+    layers = range(config.state_layers)
     return {(i, t.name): state.rows(i, t.name, b).astype(np.float32) for i in layers for t in state_tensors(config, i)}
 
 
@@ -151,7 +210,8 @@ def _recording(
         # What is no longer needed in pieces is dropped.
         found[field] = {i: _JOINED.get(field, _narrow)(pieces.pop(name(i))) for i in which}
     ids, earlier = (np.array(some, np.int64) for some in (tokens, before))
-    return Recording(ids, earlier, held, **found, state=rows, logits=np.concatenate(pieces["logits"]))
+    trunk = _narrow(pieces["trunk"]) if "trunk" in pieces else None
+    return Recording(ids, earlier, held, **found, state=rows, logits=np.concatenate(pieces["logits"]), trunk=trunk)
 
 
 def _narrow(pieces: Sequence[np.ndarray]) -> np.ndarray:

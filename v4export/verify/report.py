@@ -30,7 +30,7 @@ def write_report(
     facts: Mapping[str, Any],
     config: ModelConfig,
     verification: Verification | None,
-    engine: EngineReport | None,
+    engines: Mapping[str, EngineReport],
 ) -> None:
     """Write both forms into ``folder``.
 
@@ -39,13 +39,13 @@ def write_report(
         facts: the manifest's.
         config: the model.
         verification: how the graph compares with the PyTorch definition.
-        engine: what TensorRT built.
+        engines: what TensorRT built of each graph, by the graph's name.
     """
     content = {
         "verdict": verification.summary() if verification else "NOT VERIFIED",
         "facts": facts,
         "verification": verification,
-        "engine": engine,
+        "engines": engines,
     }
     (folder / JSON).write_text(to_json(content) + "\n")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(

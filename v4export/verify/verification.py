@@ -11,7 +11,7 @@ import psutil
 from v4export.checkpoint.audit import Weight
 from v4export.config import ModelConfig
 from v4export.errors import NumbersDiffer
-from v4export.graphs.export import GRAPHS
+from v4export.graphs.export import for_cpu, graphs_in
 from v4export.package.bundle import Bundle
 from v4export.runtime.onnx import OnnxExecutor
 from v4export.verify.boundary import Boundary
@@ -163,12 +163,13 @@ def _executor(bundle: Bundle, device: str, bodies: bool) -> OnnxExecutor:
         taps=tap_names(bundle.config),
         prepack=False,
         bodies=bodies,
+        thought_taps=True,
     )
 
 
 def _references(bundle: Bundle, weights: dict[str, Weight], token_map: np.ndarray | None) -> Boundary:
     """The check of every weight reference, as the first line of the report."""
-    graphs = tuple(name for name in GRAPHS if (bundle.folder / name).exists())
+    graphs = tuple(file for name in graphs_in(bundle.folder) for file in (name, for_cpu(name)))
     engram = bundle.config.engram
     in_graph = {n: w for n, w in weights.items() if w.role != "engram_table" or (engram and engram.inside)}
     found = check_references(bundle.folder, graphs, in_graph, bundle.precision)

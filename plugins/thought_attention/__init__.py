@@ -1,0 +1,1 @@
+"""The thought_attention op."""

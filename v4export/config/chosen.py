@@ -1,0 +1,58 @@
+"""What a user changes of a model before it is exported. A bundle's manifest records it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from v4export.config import ModelConfig
+from v4export.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Changes; None and False are none.
+
+    Attributes:
+        layers: how many first layers to keep.
+        engram_inside: make Engram tables part of the graph.
+        think_steps: of a thought; 0 leaves reasoning layers out.
+    """
+
+    layers: int | None = None
+    engram_inside: bool = False
+    think_steps: int | None = None
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Chosen:
+        """What a manifest says. Raises TypeError where that is something else."""
+        return cls(**stored)
+
+    def of(self, config: ModelConfig) -> ModelConfig:
+        """The model, changed.
+
+        Raises:
+            BadInput: it does not have what is to be changed.
+        """
+        if self.layers is not None and not 0 < self.layers <= config.num_layers:
+            raise BadInput(
+                f"layers 0:{self.layers} are not a first part of the model",
+                f"it has {config.num_layers} layers",
+                "give --layers 0:N",
+            )
+        if self.layers is not None:
+            config = config.first_layers(self.layers)
+        if self.engram_inside and config.engram is None:
+            raise BadInput("this model has no Engram tables", fix="leave --engram-inside out")
+        if config.engram:
+            config = replace(config, engram=replace(config.engram, inside=self.engram_inside))
+        if self.think_steps and config.reasoning is None:
+            raise BadInput("this model has no reasoning layers", fix="leave --think-steps out")
+        if self.think_steps is not None and config.reasoning:
+            config = replace(config, reasoning=replace(config.reasoning, steps=self.think_steps))
+        return config
+
+
+#: As the checkpoint has it.
+UNCHANGED = Chosen()

@@ -1,0 +1,166 @@
+"""onnxruntime sessions over a bundle's graphs, and arrays bound to them where they lie."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from v4export.errors import BadInput, NotEnough, NotSupported, missing_package
+from v4export.graphs.export import for_cpu
+from v4export.graphs.lower import bodies_for_cpu, with_bodies
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+#: ``ENABLE_ALL`` turns dequantise-and-multiply into products with int8 activations, an error of 1e-2. Level 0 keeps
+#: activations in their own type.
+_EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
+
+#: A GPU multiplies float32 as TF32 unless told not to, which is an error of 6e-4.
+_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+
+#: onnxruntime refuses a null address even for an empty tensor.
+_NOWHERE = np.zeros(1, np.int64)
+
+
+@dataclass(frozen=True)
+class Running:
+    """How the graphs of a bundle are run.
+
+    Attributes:
+        folder: of the bundle.
+        device: ``cpu`` or ``cuda``.
+        threads: of onnxruntime; 0 lets it choose.
+        prepack: let onnxruntime keep a copy of the weights in its kernels' layout: faster prefill, twice the memory.
+        bodies: on a CPU, run the portable graphs' own bodies in place of the fast copies.
+    """
+
+    folder: Path
+    device: str = "cpu"
+    threads: int = 0
+    prepack: bool = True
+    bodies: bool = False
+
+
+class Session:
+    """One graph of a bundle.
+
+    Args:
+        how: it is run.
+        graph: its portable name.
+        taps: names of values inside it to be returned by every run as well.
+
+    Attributes:
+        reads: names of its inputs.
+    """
+
+    def __init__(self, how: Running, graph: str, taps: Sequence[str] = ()) -> None:
+        self._folder, self._taps = how.folder, tuple(taps)
+        self._session = _session(how, graph, self._taps)
+        self.reads = {value.name for value in self._session.get_inputs()}
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], fetched: Sequence[str] = ()
+    ) -> dict[str, np.ndarray]:
+        """Run it over arrays, which are read and written where they lie; they have to be contiguous.
+
+        Args:
+            inputs: by name; those that the graph does not read are left out.
+            outputs: where it is to write, by name.
+            fetched: outputs to be returned, besides the taps.
+        """
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            if name in self.reads:
+                binding.bind_input(name, "cpu", 0, _kind(array), array.shape, _address(array))
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, _kind(array), array.shape, _address(array))
+        returned = (*fetched, *self._taps)
+        for name in returned:
+            binding.bind_output(name, "cpu")
+        with _explained(self._folder):
+            self._session.run_with_iobinding(binding)
+        values = binding.get_outputs()[len(outputs) :]
+        return {name: _array(value) for name, value in zip(returned, values, strict=True)}
+
+
+def _kind(array: np.ndarray) -> int:
+    return int(ir.DataType.from_numpy(array.dtype))
+
+
+def _array(value: Any) -> np.ndarray:
+    """A copy of an output; onnxruntime itself makes no bfloat16 arrays."""
+    kind = ir.DataType(value.element_type())
+    if kind != ir.DataType.BFLOAT16:
+        return value.numpy()
+    count = int(np.prod(value.shape()))
+    return np.frombuffer(ctypes.string_at(value.data_ptr(), 2 * count), kind.numpy()).reshape(value.shape())
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data if array.size else _NOWHERE.ctypes.data
+
+
+def _graph(how: Running, name: str) -> onnx.ModelProto:
+    """The form of a graph that a device runs, weights not loaded."""
+    fast = how.device == "cpu" and not how.bodies
+    graph = how.folder / (for_cpu(name) if fast else name)
+    try:
+        if fast:
+            return onnx.load(graph, load_external_data=False)
+        return ir.to_proto(bodies_for_cpu(graph) if how.device == "cpu" else with_bodies(graph))
+    except Exception as error:  # protobuf's own errors have no common base
+        raise BadInput(f"cannot read {graph}", str(error), "build it again") from error
+
+
+def _session(how: Running, graph: str, taps: Sequence[str]) -> Any:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise missing_package("onnxruntime", "cpu", "running a graph") from error
+    if how.device not in PROVIDERS:
+        raise BadInput(f"unknown device {how.device!r}", f"known: {', '.join(PROVIDERS)}", "choose one of them")
+    if PROVIDERS[how.device] not in ort.get_available_providers():
+        raise NotSupported(
+            f"this onnxruntime has no {PROVIDERS[how.device]}",
+            f"it has {', '.join(ort.get_available_providers())}",
+            "pip install 'v4export[gpu]' in place of v4export[cpu], on a machine with a GPU",
+        )
+    model = _graph(how, graph)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = how.threads
+    # The taps must reach the weights beside the file, so the folder is named and the graph given as bytes.
+    settings = {**_EXACT, "session.model_external_initializers_file_folder_path": str(how.folder.resolve())}
+    if not how.prepack:
+        settings["session.disable_prepacking"] = "1"
+    for key, value in settings.items():
+        options.add_session_config_entry(key, value)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
+    providers = list(dict.fromkeys([PROVIDERS[how.device], PROVIDERS["cpu"]]))
+    own = [_PROVIDER_OPTIONS.get(name, {}) for name in providers]
+    with _explained(how.folder):
+        return ort.InferenceSession(model.SerializeToString(), options, providers=providers, provider_options=own)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """onnxruntime's errors have no common base: their module, or plain ``RuntimeError`` while a graph runs."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime."):
+            raise
+        text = str(error).strip().splitlines()[0]
+        if "alloc" in text:
+            raise NotEnough(f"not enough memory to run {folder}", text, "use a machine with more") from error
+        raise NotSupported(
+            f"onnxruntime cannot run the graph of {folder}", text, "if the bundle is whole, please report this"
+        ) from error

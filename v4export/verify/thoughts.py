@@ -1,0 +1,254 @@
+"""Compares a graph's thoughts with the PyTorch definition: what they start from, each layer of each step, their end.
+
+Each layer of each step is fed what the graph itself had there, and each step the token that the graph let enter; which
+token that should have been is compared by itself. Both forms of graph are held to the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from v4export.config import ModelConfig
+from v4export.model.block import Block, head_reads
+from v4export.model.linear import Linear
+from v4export.model.reasoning import ThinkingHead
+from v4export.model.rope import angles
+from v4export.precision import Precision
+from v4export.verify import tolerance
+from v4export.verify.boundary import Boundary, judge, relative, shown
+from v4export.verify.halves import Errors, Watch, allowed, block_paths
+from v4export.verify.recording import Recording, Thinking
+from v4export.verify.routing import Choices
+
+_SMALLEST = 1e-30
+
+
+def thought_boundaries(config: ModelConfig) -> int:
+    """How many boundaries thoughts have: start, tokens, weight and logits; of each layer its rows and its output."""
+    return 4 + 2 * config.reasoning.layers if config.reasoning and config.thinks else 0
+
+
+@dataclass(frozen=True)
+class _One:
+    """Thoughts about one sequence, in one form.
+
+    Attributes:
+        name: of the sequence and the form.
+        trunk: what they start from, [n, D].
+        at: positions of the tokens they are about, int64 [1, n].
+        rows: of the sequence, by layer, [1, T, W].
+        thinking: what the graph made of them.
+    """
+
+    name: str
+    trunk: torch.Tensor
+    at: torch.Tensor
+    rows: list[torch.Tensor]
+    thinking: Thinking
+
+    def hidden(self, k: int, j: int) -> torch.Tensor:
+        """After a layer of a step, [n, D]."""
+        return torch.from_numpy(self.thinking.hidden[k, j])
+
+    def before(self, k: int) -> torch.Tensor:
+        """What the step before one left, [n, D]."""
+        return self.hidden(k - 1, len(self.rows) - 1) if k > 1 else self.trunk
+
+
+class ThoughtComparison:
+    """Thoughts of all recordings.
+
+    Args:
+        config: the model.
+        precision: of the graph.
+        recordings: with thoughts.
+        heads: the reference, with the weights as the graph holds them, and as the checkpoint has them.
+        shared: of each recording, what the graph handed to its head.
+        free: the same of the free-running reference.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        recordings: Sequence[Recording],
+        heads: tuple[ThinkingHead, ThinkingHead],
+        shared: Sequence[Mapping[str, torch.Tensor]],
+        free: Sequence[Mapping[str, torch.Tensor]],
+    ) -> None:
+        self.config, self.precision, self.recordings = config, precision, recordings
+        (self.head, self.exact), self.shared, self.free = heads, shared, free
+        self.layers = range(config.num_layers, config.state_layers)
+        self.thoughts = [one for i, r in enumerate(recordings) for one in self._of(i, r)]
+        self.norm = tolerance.Path("norm", 1, config.hidden_size, 0)
+
+    def run(self) -> Iterator[Boundary]:
+        """Boundaries, one after another."""
+        yield self._start()
+        yield from map(self._rows, self.layers)
+        yield from (self._layer(j) for j in range(len(self.layers)))
+        yield self._tokens()
+        yield self._weight()
+        yield self._logits()
+
+    def _of(self, i: int, r: Recording) -> Iterator[_One]:
+        assert r.trunk is not None
+        rows = [torch.from_numpy(r.state[layer, "latent"])[None] for layer in self.layers]
+        trunk, at = torch.from_numpy(r.trunk), len(r.before) + torch.arange(len(r.tokens))[None]
+        for one in r.thinking:
+            yield _One(f"sequence {i}{', looped' if one.looped else ''}", trunk, at, rows, one)
+
+    def _collapsed(self, head: ThinkingHead, shared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return head.collapsed(*(shared[name] for name in head_reads(self.config) if name != "logits_at"))
+
+    def _start(self) -> Boundary:
+        """What thoughts start from: hidden states as they are, or with the streams collapsed."""
+        paths = [p for p in tolerance.hyper_paths(self.config)[:2] if p.name]
+        wanted = [self._collapsed(self.head, shared) for shared in self.shared]
+        found = [torch.from_numpy(r.trunk) for r in self.recordings if r.trunk is not None]
+        limits = [tolerance.CONFIDENCE * self._error(paths) * w.norm(dim=-1) for w in wanted]
+        derivation = "; ".join(p.derivation(self.precision) for p in paths) or "exact: the last layer's hidden states"
+        return judge("thoughts start", found, wanted, limits, derivation)
+
+    def _rows(self, layer: int) -> Boundary:
+        """What one layer keeps of every token."""
+        j, found, wanted = layer - self.config.num_layers, [], []
+        path = tolerance.row_path(self.config.thinker, j, "latent")
+        error = tolerance.CONFIDENCE * self._error([path, *tolerance.hyper_paths(self.config)[:2]])
+        for r, shared in zip(self.recordings, self.shared, strict=True):
+            stored = torch.from_numpy(r.state[layer, "latent"])[len(r.before) :]
+            found.append(stored[: len(r.tokens)])
+            position = torch.tensor([len(r.before)])
+            wanted.append(self.head.rows(shared["hidden"], position, shared.get("pre"))[j][0])
+        limits = [error * w.norm(dim=-1) for w in wanted]
+        return judge(f"reasoning {j} latent", found, wanted, limits, path.derivation(self.precision))
+
+    def _layer(self, j: int) -> Boundary:
+        """One layer in every step."""
+        c, p = self.config.thinker, self.precision
+        block: Block = self.head.reasoning.layers[j]  # type: ignore[assignment]
+        longest = max(len(r.before) + len(r.tokens) for r in self.recordings)
+        paths = block_paths(c, j, longest + self.head.steps)
+        errors = Errors.of(paths, p)
+        found, wanted, limits = [], [], []
+        for one in self.thoughts:
+            own: dict[str, torch.Tensor] = {}
+            for k in range(1, self.head.steps + 1):
+                x = self._entered(one, k) if j == 0 else one.hidden(k, j - 1)
+                cos, sin = angles(self.head.rotation, self.head.width, one.at[0] + k, 1)
+                shared = {"thought_at": one.at, "cos.main": cos, "sin.main": sin}
+                with Watch(block) as watch:
+                    out = block(x, shared, {"latent": one.rows[j], **own})
+                own = out.rows
+                found.append(one.hidden(k, j))
+                wanted.append(out.hidden)
+                limits.append(allowed(block, x, watch, errors).hidden)
+        derivation = "; ".join(path.derivation(p) for path in paths if path.name)
+        return judge(f"reasoning {j}, {self.head.steps} steps", found, wanted, limits, derivation)
+
+    def _entered(self, one: _One, k: int) -> torch.Tensor:
+        """What enters a step, rounded as the graph stores it."""
+        r = self.head.reasoning
+        entering: torch.Tensor = r.start_embedding if k == 1 else r.end_embedding
+        if 1 < k < self.head.steps:
+            entering = self.head.embed_tokens["weight"][torch.from_numpy(one.thinking.tokens[:, k - 2])]
+        stored: torch.dtype = getattr(torch, self.precision.activations)
+        return (one.before(k) + entering).to(stored).float()
+
+    def _tokens(self) -> Boundary:
+        """Which tokens entered: the likeliest, or as good within what rounding explains."""
+        path = tolerance.head_path(self.config)
+        error = tolerance.CONFIDENCE * path.error(self.precision)
+        choices, count = [], 0
+        for one in self.thoughts:
+            for k in range(2, self.head.steps):
+                taken = torch.from_numpy(one.thinking.tokens[:, k - 2])
+                choices.append((f"{one.name}, step {k}", self._choices(one.before(k), taken, error)))
+                count += len(taken)
+        wrong = [f"{where}, {line}" for where, c in choices for line in c.wrong]
+        evidence = [f"{where}, {line}" for where, c in choices for line in c.evidence]
+        derivation = f"exact: {count} tokens, each the likeliest; {path.derivation(self.precision)}"
+        found = Boundary("thoughts tokens", True, 0.0, 0.0, 0.0, 1.0, derivation)
+        return found.also(shown(wrong), ties=sum(c.ties for _, c in choices), evidence=shown(evidence))
+
+    def _choices(self, z_MD: torch.Tensor, taken_M: torch.Tensor, error: float) -> Choices:
+        normed = self.head.norm(z_MD)
+        logits_MV, wrong, evidence = self.head.logits(normed), [], []
+        best_M = logits_MV.argmax(-1)
+        lengths_V = self.head.lm_head.matrix().float().norm(dim=-1)
+        for token in (best_M != taken_M).nonzero()[:, 0].tolist():
+            best, taken = int(best_M[token]), int(taken_M[token])
+            gap = float(logits_MV[token, best] - logits_MV[token, taken])
+            slack = error * float(normed[token].norm() * (lengths_V[best] + lengths_V[taken])) / normed.shape[-1] ** 0.5
+            line = f"token {token}: thought {taken}, the reference thinks {best}"
+            if gap <= slack:
+                evidence.append(f"{line}; logits {gap:.2g} apart where rounding explains {slack:.2g}")
+            else:
+                wrong.append(f"{line}, beyond a near tie by {gap - slack:.2g}")
+        return Choices(len(evidence), tuple(wrong), tuple(evidence))
+
+    def _weight(self) -> Boundary:
+        """How much of each thought is in its prediction."""
+        found, wanted, limits = [], [], []
+        for one in self.thoughts:
+            plain, thought = self.head.norm(one.trunk), self.head.norm(one.before(self.head.steps + 1))
+            both = torch.cat([plain, thought], -1)
+            found.append(torch.from_numpy(one.thinking.weight)[:, None])
+            wanted.append(self.head.reasoning.talk_head(both)[:, None])
+            limits.append(self._weight_limit(both))
+        return judge("thoughts weight", found, wanted, limits, self.norm.derivation(self.precision))
+
+    def _weight_limit(self, both_MC: torch.Tensor) -> torch.Tensor:
+        """Independent errors of the numbers that go in, and of sums in float32, followed through the talk head.
+
+        A number may go in with an error relative to the size of all of them, since norms multiply by one factor.
+        """
+        storage = self.norm.error(self.precision)
+        variance_MC = (storage * both_MC).square()
+        x_MC = both_MC
+        for part in self.head.reasoning.talk_head:
+            if isinstance(part, Linear):
+                square = part.matrix().float().square()
+                rounding = tolerance.ACCUMULATE**2 / 3 * square.shape[1] * (x_MC.square() @ square.T)
+                variance_MC, x_MC = variance_MC @ square.T + rounding, part.in_float32(x_MC)
+            else:
+                x_MC = part(x_MC)
+        return tolerance.CONFIDENCE * variance_MC[:, 0].sqrt()
+
+    def _logits(self) -> Boundary:
+        """The mixed predictions, mixed by the graph's own weights."""
+        path = tolerance.head_path(self.config)
+        error = tolerance.CONFIDENCE * math.hypot(path.error(self.precision), self.norm.error(self.precision))
+        found, wanted, limits = [], [], []
+        for one in self.thoughts:
+            plain, thought = self.head.norm(one.trunk), self.head.norm(one.before(self.head.steps + 1))
+            weight = torch.from_numpy(one.thinking.weight)[:, None]
+            parts = ((1 - weight) * plain, weight * thought)
+            mixed = parts[0] + parts[1]
+            # Where they cancel, their errors do not.
+            size = torch.stack([part.norm(dim=-1) for part in parts]).norm(dim=0).maximum(mixed.norm(dim=-1))
+            found.append(torch.from_numpy(one.thinking.logits))
+            wanted.append(self.head.logits(mixed))
+            limits.append(error * size / mixed.norm(dim=-1).clamp_min(_SMALLEST) * wanted[-1].norm(dim=-1))
+        return judge("thoughts logits", found, wanted, limits, path.derivation(self.precision)).also(
+            carried=max(self._carried(i, r) for i, r in enumerate(self.recordings))
+        )
+
+    def _carried(self, i: int, r: Recording) -> float:
+        """How far the graph's thoughts are from those of the free-running reference, which may think other tokens."""
+        free, position = self.free[i], torch.tensor([len(r.before)])
+        new = self.exact.rows(free["hidden"], position, free.get("pre"))
+        held = [torch.from_numpy(r.held[layer, "latent"])[None] for layer in self.layers]
+        latents = [torch.cat(pair, 1) for pair in zip(held, new, strict=True)]
+        at = len(r.before) + torch.arange(len(r.tokens))[None]
+        thought = self.exact.think(self._collapsed(self.exact, free)[None], at, *latents)
+        return max(relative(torch.from_numpy(one.logits), thought.logits[0]) for one in r.thinking)
+
+    def _error(self, paths: Sequence[Any]) -> float:
+        """Of independent errors, relative to what comes out."""
+        return math.hypot(*(path.error(self.precision) for path in paths)) if paths else 0.0

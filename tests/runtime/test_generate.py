@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from v4export.errors import BadInput, NumbersDiffer
 from v4export.runtime.generate import Coming, Event, Generation, StopStrings, generate, run_text
+from v4export.runtime.pausing import Pause, Pausing, Thought
 from v4export.runtime.sampling import Sampler, Sampling
 from v4export.runtime.tokenizer import Tokenizer
 
@@ -281,3 +282,163 @@ def test_run_text_bad_prompts() -> None:
         run_text(FakeExecutor(), ByteTokenizer(), "", max_new_tokens=1)
     with pytest.raises(BadInput, match="66 tokens, max_seq_len is 64"):
         run_text(FakeExecutor(), ByteTokenizer(), "x" * 65, max_new_tokens=1)
+
+
+def second_thoughts(history: Sequence[int]) -> np.ndarray:
+    """[V], other logits than the plain ones."""
+    return hashed_logits([VOCAB, *history])
+
+
+@dataclass
+class ThinkingExecutor(FakeExecutor):
+    """A thought starts from the history it is about, and says how long that is; of padding there is none.
+
+    Attributes:
+        thought: logits after thinking.
+        about: tokens that each thought has.
+        asked: steps of each thought.
+        refused: whether a thought is an error.
+        kept: the last state that was made.
+    """
+
+    thought: Callable[[Sequence[int]], np.ndarray] = second_thoughts
+    about: tuple[int, ...] = ()
+    asked: list[int | None] = field(default_factory=list)
+    refused: bool = False
+    kept: Any = None
+
+    def new_state(self, batch: int = 1) -> list[list[int]]:
+        self.kept = super().new_state(batch)
+        return self.kept
+
+    def step(self, tokens_BS: np.ndarray, state: Any, *, logits_at_BQ: np.ndarray, **options: Any) -> np.ndarray:
+        before = [len(history) for history in state]
+        logits_BQV = super().step(tokens_BS, state, logits_at_BQ=logits_at_BQ, **options)
+        self.trunk = np.array(before)[:, None, None] + logits_at_BQ[..., None] + 1.0
+        self.trunk[np.isnan(logits_BQV[..., 0])] = np.nan
+        return logits_BQV
+
+    def think(self, trunk_BQD: np.ndarray, state: Any, *, steps: int | None = None) -> Thought:
+        assert not self.refused
+        self.asked.append(steps)
+        lengths = np.array([len(history) for history in state])[:, None, None]
+        assert ((trunk_BQD == lengths) | np.isnan(trunk_BQD)).all()
+        logits = np.stack([self.thought(history) for history in state])[:, None]
+        tokens = np.array([[[*self.about, len(history)]] for history in state])
+        return Thought(np.where(np.isnan(trunk_BQD), np.nan, logits), np.float32(lengths[..., 0] / 8), tokens)
+
+
+def about(pauses: Iterable[Pause | None]) -> list[tuple[int, tuple[int, ...]] | None]:
+    """Which tokens pauses were ahead of, and what was thought."""
+    return [pause and (pause.token, pause.tokens) for pause in pauses]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_every_token_is_thought_about(chunk: int, steps: int | None) -> None:
+    executor, prompts = ThinkingExecutor(), [[1, 2, 3, 4], [5], [6] * 7]
+    events = list(
+        generate(
+            executor, prompts, max_new_tokens=6, sampler=Sampler(Sampling()), chunk=chunk, pausing=Pausing(steps, True)
+        )
+    )
+    histories = [list(prompt) for prompt in prompts]
+    for event in events:
+        assert about(event.pauses_B) == [(event.step, (len(history),)) for history in histories]
+        assert [pause and pause.weight for pause in event.pauses_B] == [len(history) / 8 for history in histories]
+        for history in histories:
+            history.append(int(second_thoughts(history).argmax()))
+    assert rows_of(events)[0] == [history[-6:] for history in histories] and executor.asked == [steps] * 6
+
+
+def unsure_when_odd(history: Sequence[int]) -> np.ndarray:
+    return hashed_logits(history) * (1 if len(history) % 2 else 1000)
+
+
+@pytest.mark.parametrize("confidence", ["entropy", "margin"])
+def test_it_pauses_where_it_is_not_sure(confidence: str) -> None:
+    executor = ThinkingExecutor(rule=unsure_when_odd)
+    pausing = Pausing(confidence=confidence, threshold=0.9)
+    prompts, most = [[1, 2, 3], [4, 5, 6, 7], [8]], 5
+    events = list(generate(executor, prompts, max_new_tokens=most, sampler=Sampler(Sampling()), pausing=pausing))
+    histories = [list(prompt) for prompt in prompts]
+    for event in events:
+        odd = [len(history) % 2 == 1 for history in histories]
+        assert [pause is not None for pause in event.pauses_B] == odd
+        for history, paused in zip(histories, odd, strict=True):
+            history.append(int((second_thoughts if paused else unsure_when_odd)(history).argmax()))
+    assert rows_of(events)[0] == [history[-most:] for history in histories] and len(executor.asked) == most
+
+
+def test_a_finished_row_does_not_pause() -> None:
+    free = [int(second_thoughts([4]).argmax()), int(second_thoughts([1, 2]).argmax())]
+    assert free[0] != free[1]
+    options: dict[str, Any] = {"sampler": Sampler(Sampling()), "stop_ids": frozenset(free[:1])}
+    events = list(generate(ThinkingExecutor(), [[4], [1, 2]], max_new_tokens=3, pausing=Pausing(None, True), **options))
+    assert [about(event.pauses_B) for event in events] == [[(0, (1,)), (0, (2,))], [None, (1, (3,))], [None, (2, (4,))]]
+
+
+def test_it_does_not_think_unless_asked() -> None:
+    executor = ThinkingExecutor(refused=True)
+    events = list(generate(executor, [[1], [2, 3]], max_new_tokens=4, sampler=Sampler(Sampling())))
+    assert rows_of(events)[0] == [expected_greedy([1], 4), expected_greedy([2, 3], 4)]
+    assert [event.pauses_B for event in events] == [(None, None)] * 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("pausing", [Pausing(2, True), Pausing(threshold=3.9)])
+def test_thoughts_of_no_weight_change_nothing(pausing: Pausing, temperature: float) -> None:
+    """Neither the tokens, nor what the executor is fed, nor the state."""
+    seen = []
+    for when in (None, pausing):
+        executor, sampler = ThinkingExecutor(thought=hashed_logits), Sampler(Sampling(temperature=temperature, seed=5))
+        prompts, stop = [[1, 2, 3], [4], [5] * 6], frozenset(range(12))
+        events = generate(executor, prompts, max_new_tokens=9, sampler=sampler, stop_ids=stop, chunk=2, pausing=when)
+        seen.append((rows_of(events), executor.kept, executor.widths, executor.wanted))
+        assert bool(executor.asked) == (when is not None)
+    assert seen[0] == seen[1]
+
+
+def musing(answer: str, thoughts: bytes = b"hm", **options: Any) -> Generation:
+    """What is told by one that thinks before every token, and says what it would have said."""
+    rule = reciting("hello", answer.encode()).rule
+    executor = ThinkingExecutor(max_seq_len=200, rule=rule, vocab=258, thought=rule, about=tuple(thoughts))
+    arguments: dict[str, Any] = {"max_new_tokens": 100, "chunk": 3, "pausing": Pausing(4, True), **options}
+    return run_text(executor, ByteTokenizer(), "hello", **arguments)
+
+
+def test_run_text_says_where_it_paused_and_what_it_thought() -> None:
+    result = musing("aé")
+    assert result.text == "aé" and result.finish_reason == "stop"
+    assert [pause.before for pause in result.pauses] == ["a", "\ufffd", "\ufffd", ""]
+    # The begin token, five letters, and what was said before.
+    assert about(result.pauses) == [(token, (*b"hm", 6 + token)) for token in range(4)]
+    assert [pause.text for pause in result.pauses] == ["hm\x06", "hm\x07", "hm\x08", "hm\x09"]
+    assert [pause.weight for pause in result.pauses] == [0.75, 0.875, 1.0, 1.125]
+    assert musing("aé", pausing=None).pauses == ()
+
+
+def test_run_text_pauses_where_it_is_not_sure() -> None:
+    # One logit of 1 among 258: no token is sure.
+    everywhere = musing("abc", pausing=Pausing(threshold=1.0))
+    assert [pause.before for pause in everywhere.pauses] == ["a", "b", "c", ""]
+    assert musing("abc", pausing=Pausing(threshold=99.0)).pauses == ()
+
+
+def test_run_text_pauses_end_with_the_text() -> None:
+    stopped = musing("one two", stop_strings=["e "])
+    assert [pause.before for pause in stopped.pauses] == [*"one "] and stopped.text == "on"
+    cut = musing("one two", max_new_tokens=2)
+    assert [pause.token for pause in cut.pauses] == [0, 1] and cut.finish_reason == "length"
+
+
+def test_run_text_pauses_as_json() -> None:
+    pauses = json.loads(json.dumps(musing("a").as_json()))["pauses"]
+    assert pauses[0] == {"token": 0, "weight": 0.75, "tokens": [*b"hm", 6], "text": "hm\x06", "before": "a"}
+    assert [(one["token"], one["before"]) for one in pauses] == [(0, "a"), (1, "")]
+
+
+@pytest.mark.xfail(strict=True, reason="a pause's tokens are a tuple, which JSON does not have")
+def test_pauses_are_json_values() -> None:
+    value = musing("a").as_json()
+    assert json.loads(json.dumps(value)) == value

@@ -45,11 +45,10 @@ def floors(config: ModelConfig, steps: int) -> tuple[float, float]:
     return 1 + steps * LAYERS / config.num_layers, 1 + more / parts.active
 
 
-def measured(bundle: Bundle, steps: int, looped: bool) -> tuple[float, float]:
+def measured(bundle: Bundle, steps: int, looped: bool, device: str) -> tuple[float, float]:
     """Milliseconds of a plain step, and of the thought after it; least of several."""
-    executor = OnnxExecutor(
-        bundle.folder, bundle.config, bundle.precision, max_seq_len=MAX_SEQ_LEN, threads=THREADS, prepack=False
-    )
+    how = {"max_seq_len": MAX_SEQ_LEN, "threads": THREADS, "prepack": False, "device": device}
+    executor = OnnxExecutor(bundle.folder, bundle.config, bundle.precision, **how)
     state, rng = executor.new_state(), np.random.default_rng(0)
     executor.step(rng.integers(3, 300, (1, HELD)), state, logits_at_BQ=np.zeros((1, 0), np.int64))
     plain, thought = [], []
@@ -64,7 +63,7 @@ def measured(bundle: Bundle, steps: int, looped: bool) -> tuple[float, float]:
     return min(plain) * 1e3, min(thought) * 1e3
 
 
-def costs(hub: Path, folder: Path) -> list[str]:
+def costs(hub: Path, folder: Path, device: str) -> list[str]:
     """A row for each number of steps."""
     lines = [
         row("steps", "plain step, ms", "thought, ms: unrolled", "looped", "unrolled: a token over a plain one",
@@ -75,7 +74,7 @@ def costs(hub: Path, folder: Path) -> list[str]:
         out = folder / f"out-{steps}"
         how = {"precision": "fp32", "max_seq_len": MAX_SEQ_LEN, "scan_values": False, "think_steps": steps}
         bundle = api.export(hub, out, **how).bundle
-        (plain, whole), (_, looped) = (measured(bundle, steps, looped) for looped in (False, True))
+        (plain, whole), (_, looped) = (measured(bundle, steps, looped, device) for looped in (False, True))
         passes, weights = floors(bundle.config, steps)
         lines.append(
             row(f"{steps}", f"{plain:.1f}", f"{whole:.1f}", f"{looped:.1f}", f"{1 + whole / plain:.2f}",
@@ -109,12 +108,16 @@ def engines(folder: Path) -> list[str]:
 @click.command(help=__doc__)
 @click.option("--folder", type=click.Path(path_type=Path), help="Where 6 GB are free.  [default: a temporary one]")
 @click.option("--into", type=click.Path(path_type=Path), default=PAGE, help="Page whose measured part is replaced.")
-def main(folder: Path | None, into: Path) -> None:
+@click.option("--device", default="cpu", show_default=True, help="With cuda, the page stays as it is.")
+def main(folder: Path | None, into: Path, device: str) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         place = Path(scratch)
         (place / "config.json").write_text(json.dumps(to_hub_config(model())))
         hub = api.synth(str(place / "config.json"), place / "hub")
-        lines = costs(hub, place)
+        lines = costs(hub, place, device)
+        if device != "cpu":
+            click.echo("\n".join(lines))
+            return
         built = engines(place)
     note = (
         f"{THREADS} threads, float32, {HELD} cached tokens, {parameter_counts(model()).total / 1e9:.2f}e9 parameters, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,9 +13,13 @@ import pytest
 from command_line import call
 from traced import export_bundle
 
-from v4export import cli, presets
+from v4export import cli, presets, show
+from v4export.checkpoint.synth import synth
+from v4export.config import Reasoning
 from v4export.errors import BadInput, NotEnough, NotSupported, NumbersDiffer
 from v4export.package.bundle import Bundle
+from v4export.runtime.generate import Generation, Timings
+from v4export.runtime.pausing import Pause
 
 EXPORT = [
     "--out",
@@ -91,6 +96,19 @@ def bundle(trained_checkpoint, tmp_path_factory) -> Path:
     return export_bundle(trained_checkpoint, tmp_path_factory.mktemp("cli") / "bundle", "fp32").folder
 
 
+@pytest.fixture(scope="module")
+def thinking_checkpoint(tmp_path_factory) -> Path:
+    """A random one, with a reasoning layer."""
+    config = replace(presets.load("tiny-v3"), reasoning=Reasoning(1, 3))
+    return synth(config, tmp_path_factory.mktemp("thinking") / "hub")
+
+
+@pytest.fixture(scope="module")
+def thinking(thinking_checkpoint) -> Path:
+    """Its first layer alone, which is soon traced."""
+    return export_bundle(thinking_checkpoint, thinking_checkpoint.with_name("out"), "fp32", layers=range(1)).folder
+
+
 def test_surface_is_frozen():
     found = {}
     for name, command in cli.cli.commands.items():
@@ -148,6 +166,7 @@ def test_running_out_of_memory(capfd, monkeypatch):
         ["nonsense"], ["inspect"], ["inspect", "--nonsense", "x"], ["build", "x"],
        ["export", "x", "-o", "y", "--max-seq-len", "0"],
         ["run", "x", "-n", "many"], ["verify", "x", "--device", "tpu"],
+        ["export", "x", "-o", "y", "--think-steps", "-1"], ["run", "x", "--think-threshold", "much"],
     ],
 )  # fmt: skip
 def test_usage(capfd, arguments):
@@ -172,6 +191,13 @@ def test_layers_that_are_no_range(capfd, tmp_path, layers):
 def test_layers_that_the_model_does_not_have(capfd, tmp_path, trained_checkpoint, layers):
     found = call(capfd, "export", trained_checkpoint, "-o", tmp_path / "out", f"--layers={layers}")
     assert found.code == 2 and "it has 4 layers" in found.err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["build", "export"])
+def test_thoughts_that_the_model_does_not_have(capfd, tmp_path, trained_checkpoint, verb):
+    found = call(capfd, verb, trained_checkpoint, "-o", tmp_path / "out", "--think-steps", 2)
+    assert found.code == 2 and "has no reasoning layers" in found.err and "leave --think-steps out" in found.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_layers_that_are_not_the_first_ones(capfd, tmp_path, trained_checkpoint):
@@ -202,6 +228,16 @@ def test_inspect_says_what_state_costs(capfd, preset, growing, layers):
     assert found["layers"] == {"total": sum(layers.values()), **layers}
     text = call(capfd, "inspect", preset).out
     assert f"{growing:,} bytes per token in 16 bits, and" in text and "entries of 4 and 128 tokens" in text
+
+
+def test_inspect_says_what_a_thought_costs(capfd, thinking_checkpoint, trained_checkpoint):
+    parts = json.loads(call(capfd, "inspect", thinking_checkpoint, "--json").out)["parameters"]["by_part"]
+    text = call(capfd, "inspect", thinking_checkpoint).out
+    each, once = (f"{parts[f'reasoning_{part}']:,}" for part in ("layers", "head"))
+    line = f"1 layer, thoughts of 3 steps: {each} parameters for each step, {once} once"
+    assert re.search(rf"^reasoning +{re.escape(line)}$", text, re.MULTILINE)
+    assert re.search(r"^reasoning +2 layers, thoughts of 8 steps: ", call(capfd, "inspect", "v4-1t").out, re.MULTILINE)
+    assert "reasoning" not in call(capfd, "inspect", trained_checkpoint).out
 
 
 def test_presets(capfd):
@@ -333,6 +369,91 @@ def test_run_is_reproducible(capfd, bundle):
 def test_run_refuses(capfd, bundle, arguments, message):
     found = call(capfd, "run", bundle, *arguments)
     assert found.code == 2 and message in found.err and found.out == ""
+
+
+@pytest.mark.parametrize("think", ["auto", "2", "0x2"])
+def test_run_refuses_to_think_without_reasoning_layers(capfd, bundle, think):
+    found = call(capfd, "run", bundle, "--prompt", "a", "--think", think)
+    assert found.code == 2 and found.out == ""
+    assert "no reasoning layers" in found.err and f"--think {think}\n" in found.err and "--think-steps 0" in found.err
+
+
+@pytest.mark.parametrize("think", [[], ["--think", "off"], ["--think", "0"]])
+def test_run_without_reasoning_layers_does_not_pause(capfd, bundle, think):
+    found = call(capfd, "run", bundle, "--prompt", "The ", "-n", 3, "--ignore-eos", "-v", *think)
+    assert found.code == 0 and found.err.splitlines()[1:] == ["paused before 0 of 3 tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("think", "count"),
+    [
+        ([], 9), (["--think", "auto"], 9), (["--think", "2"], 9), (["--think", "3"], 9),
+        (["--think", "off"], 0), (["--think-threshold", "99"], 0),
+    ],
+)  # fmt: skip
+def test_run_says_where_it_paused(capfd, thinking, think, count):
+    arguments = ["run", thinking, "--prompt", "def add(", "-n", 9, "--ignore-eos", *think]
+    verbose = call(capfd, *arguments, "--json", "-v")
+    found = json.loads(verbose.out)
+    assert len(found["pauses"]) == count and [one["token"] for one in found["pauses"]] == [*range(count)]
+    assert bool(any(one["text"] for one in found["pauses"])) == (count > 0 and think[-1:] != ["2"])
+    shown = call(capfd, *arguments, "-v")
+    assert shown.code == 0 and shown.out == found["text"] + "\n"
+    speed, said, *table = shown.err.splitlines()
+    assert speed.startswith("[") and said == f"paused before {count} of 9 tokens"
+    assert verbose.err.splitlines() == [said, *table] and len(table) == (count and count + 1)
+    for line, one in zip(table[1:], found["pauses"], strict=True):
+        cells = [str(one["token"]), repr(one["before"]), f"{one['weight']:+.3f}", repr(one["text"])]
+        assert re.fullmatch(r" +".join(map(re.escape, cells)), line)
+    quiet = call(capfd, *arguments)
+    assert quiet.out == shown.out and len(quiet.err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_thoughts_change_what_is_said(capfd, thinking):
+    arguments = ["run", thinking, "--prompt", "def add(", "-n", 9, "--ignore-eos", "--json", "--think"]
+    said = {think: json.loads(call(capfd, *arguments, think).out)["tokens"] for think in ("off", "2", "3", "auto")}
+    assert said["3"] == said["auto"] and len({*map(tuple, said.values())}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("think", "message"),
+    [
+        ("maybe", "a number of steps, auto or off"), ("", "a number of steps, auto or off"),
+        ("-1", "a number of steps, auto or off"), ("1.5", "a number of steps, auto or off"),
+        ("4", "exported for 1 to 3"),
+    ],
+)  # fmt: skip
+def test_run_refuses_what_is_no_thought(capfd, thinking, think, message):
+    found = call(capfd, "run", thinking, "--prompt", "a", f"--think={think}")
+    assert found.code == 2 and message in found.err and think in found.err and found.out == ""
+
+
+@pytest.mark.slow
+def test_export_without_thoughts(capfd, tmp_path, thinking_checkpoint):
+    out = tmp_path / "out"
+    arguments = ["--precision", "fp32", "--layers", "0:1", "--think-steps", 0]
+    found = call(capfd, "export", thinking_checkpoint, "-o", out, *arguments)
+    assert found.code == 0, found.err
+    assert " reasoning layers, left out with --think-steps 0" in found.out and not list(out.glob("think*"))
+    assert "exported with --think-steps 0" in call(capfd, "run", out, "--prompt", "a", "--think", "auto").err
+    assert call(capfd, "run", out, "--prompt", "a", "-n", 2).code == 0
+
+
+def paused(pause: Pause) -> Generation:
+    return Generation("", (1, 2), 3, "length", Timings(1, 1, 1, 1, 1), (pause,))
+
+
+def test_a_pause_is_shown_as_it_is():
+    head, titles, row = show.pauses(paused(Pause(1, -0.25, (1, 2), text="a\n\t[b]", before=" x"))).splitlines()
+    assert head == "paused before 1 of 2 tokens" and titles.split() == ["token", "text", "weight", "thought"]
+    assert re.fullmatch(r"1 +' x' +-0\.250 +'a\\n\\t\[b\]'", row)
+
+
+def test_what_looks_like_a_picture_is_shown_as_it_is():
+    assert "'x[:on:2]'" in show.pauses(paused(Pause(0, 0.5, (1,), text="x[:on:2]")))
 
 
 @pytest.mark.slow

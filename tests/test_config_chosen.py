@@ -125,9 +125,17 @@ def test_a_manifest_that_chooses_what_its_model_does_not_have(tmp_path: Path, ch
         opened(tmp_path, PLAIN, chosen=chosen)
 
 
-@pytest.mark.xfail(strict=True, reason="values of another type are taken, and fail where they are used")
 @pytest.mark.parametrize(
-    "chosen", [{"layers": 1.5}, {"think_steps": "2"}, {"think_steps": 2.5}, {"think_steps": -1}, {"think_steps": [2]}]
+    "chosen",
+    [
+        {"layers": 1.5},
+        {"think_steps": "2"},
+        {"think_steps": 2.5},
+        {"think_steps": -1},
+        {"think_steps": [2]},
+        {"layers": True},
+        {"engram_inside": "yes"},
+    ],
 )
 def test_a_manifest_that_says_nonsense(tmp_path: Path, chosen: dict[str, Any]) -> None:
     with pytest.raises(BadInput):

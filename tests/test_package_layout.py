@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "api": {"checkpoint", "model", "graphs", "engine", "runtime", "verify", "package", "engram"},
     "cli": {"api", "show", "engine", "verify", "package"},
 }
+PROJECT = ROOT / "pyproject.toml"
 LATE = {"torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "transformers", "polygraphy"}
 
 
@@ -113,3 +115,9 @@ def test_files_are_short_and_know_no_machine(file):
     text = file.read_text()
     assert len(text.splitlines()) < 500
     assert not re.search(r"[\"'\s(](/home|/work|/root|/tmp|/Users|/mnt|/opt)/", text)
+
+
+def test_every_folder_is_packaged():
+    listed = tomllib.loads(PROJECT.read_text())["tool"]["setuptools"]["packages"]
+    there = {module(file) for file in FILES if file.name == "__init__.py"} | {"v4export.graphs"}
+    assert there <= set(listed)

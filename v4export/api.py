@@ -339,7 +339,7 @@ def run(
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"cannot read {prompt_file}", str(error), "give a text file in UTF-8") from error
     bundle = Bundle.open(Path(folder))
-    pausing = Pausing.read(think, bundle.manifest["thinking"], think_threshold)
+    pausing = Pausing.read(think, bundle.thinking, think_threshold)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     return run_text(
         OnnxExecutor(

@@ -87,6 +87,7 @@ def inspection_json(found: Inspection) -> dict[str, Any]:
         "state_bytes_fixed": found.state_bytes_fixed,
         "dtypes": found.dtypes,
         "layers": {"total": c.num_layers, **_layer_counts(c)},
+        "reasoning": {"layers": c.reasoning.layers, "steps": c.reasoning.steps} if c.reasoning else None,
         "stored_bytes": found.stored_bytes,
         "audit": found.audit,
     }
@@ -149,7 +150,7 @@ def _engram(e: Engram) -> str:
 
 def _reasoning(r: Reasoning, by_part: Mapping[str, int]) -> str:
     return (
-        f"{r.layers} layers, thoughts of {r.steps} steps: {by_part['reasoning_layers']:,} parameters for each step, "
+        f"{r.layers} layer{'s' if r.layers > 1 else ''}, thoughts of {r.steps} steps: {by_part['reasoning_layers']:,} parameters for each step, "
         f"{by_part['reasoning_head']:,} once"
     )
 
@@ -183,7 +184,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=120, highlight=False, markup=False).print(table)
+    Console(file=out, width=120, highlight=False, markup=False, emoji=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

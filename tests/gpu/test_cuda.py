@@ -12,13 +12,14 @@ from v4export import api
 from v4export.engine.backend import cuda_devices
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda_devices(), reason="no CUDA device")]
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-v3"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture(params=["tiny-v3", "tiny-v3.2", "tiny-v4-fp4", "tiny-v4.1"])
+@pytest.fixture(params=["tiny-v3", "tiny-v4x", "tiny-v3.2", "tiny-v4-fp4", "tiny-v4.1"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A checkpoint of each way of attending."""
-    return EXAMPLE if request.param == EXAMPLE.name else api.synth(request.param, tmp_path / "hub")
+    """A checkpoint of each way of attending, and one that thinks."""
+    trained = EXAMPLES / request.param
+    return trained if trained.exists() else api.synth(request.param, tmp_path / "hub")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8", "mxfp4"])
@@ -36,6 +37,7 @@ def test_tokens_are_those_of_a_cpu(model: Path, tmp_path: Path) -> None:
         for device in ("cpu", "cuda")
     )
     assert here.tokens == there.tokens
+    assert [(p.token, p.tokens) for p in here.pauses] == [(p.token, p.tokens) for p in there.pauses]
 
 
 def test_the_engine_loads_on_this_gpu(model: Path, tmp_path: Path) -> None:

@@ -74,7 +74,6 @@ def test_each_row_is_judged_alone(confidence: str) -> None:
     ("asked", "stored", "threshold", "pausing"),
     [
         (None, None, None, None),
-        (None, None, 0.5, None),
         ("off", None, None, None),
         ("0", None, None, None),
         ("off", STORED, 0.5, None),
@@ -85,7 +84,7 @@ def test_each_row_is_judged_alone(confidence: str) -> None:
         ("auto", STORED, 0.0, Pausing(None, False, MARGIN, 0.0)),
         (None, STORED | {"confidence": ENTROPY}, 2.0, Pausing(None, False, ENTROPY, 2.0)),
         ("1", STORED, None, Pausing(1, True, MARGIN, 0.25)),
-        ("12", STORED, 0.5, Pausing(12, True, MARGIN, 0.5)),
+        ("3", STORED, 0.5, Pausing(3, True, MARGIN, 0.5)),
     ],
 )
 def test_what_is_asked_for(
@@ -106,6 +105,23 @@ def test_a_model_without_thoughts(asked: str) -> None:
     with pytest.raises(BadInput, match="no reasoning layers") as raised:
         Pausing.read(asked, None)
     assert f"--think {asked}\n" in str(raised.value) and "--think-steps 0" in str(raised.value)
+
+
+@pytest.mark.parametrize("asked", ["00", "4", "99"])
+def test_more_steps_than_there_are(asked: str) -> None:
+    with pytest.raises(BadInput, match=f"{asked} steps cannot be had"):
+        Pausing.read(asked, STORED)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, float("nan"), float("inf")])
+def test_a_threshold_out_of_range(threshold: float) -> None:
+    with pytest.raises(BadInput, match="threshold is out of range"):
+        Pausing.read("auto", STORED, threshold)
+
+
+def test_a_threshold_where_there_are_no_thoughts() -> None:
+    with pytest.raises(BadInput, match="no reasoning layers"):
+        Pausing.read(None, None, 0.5)
 
 
 @dataclass

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
-from v4export.graphs.export import LOWERED_FOR_CPU, PORTABLE
+from v4export.graphs.export import PORTABLE, for_cpu
 from v4export.graphs.lower import lower_for_cpu
 from v4export.package.bundle import MANIFEST, Bundle, write_manifest
 
@@ -26,31 +26,32 @@ Damage = Callable[["Damaged"], None]
 
 
 class Damaged:
-    """A copy of a bundle whose graph is about to be damaged; weights are shared until written to."""
+    """A copy of a bundle one of whose graphs is about to be damaged; weights are shared until written to."""
 
-    def __init__(self, bundle: Path, copy: Path) -> None:
+    def __init__(self, bundle: Path, copy: Path, graph: str = PORTABLE) -> None:
         self.folder = Path(shutil.copytree(bundle, copy, copy_function=os.link))
-        self.model = onnx.load(self.folder / PORTABLE, load_external_data=False)
+        self.graph, self.fast = graph, for_cpu(graph)
+        self.model = onnx.load(self.folder / graph, load_external_data=False)
         self.lowered = False
 
     def lower(self) -> None:
         """From here on it is onnxruntime's copy that is damaged."""
-        self._write(PORTABLE)
-        (self.folder / LOWERED_FOR_CPU).unlink()
-        ir.save(lower_for_cpu(self.folder / PORTABLE), self.folder / LOWERED_FOR_CPU)
-        self.model = onnx.load(self.folder / LOWERED_FOR_CPU, load_external_data=False)
+        self._write(self.graph)
+        (self.folder / self.fast).unlink()
+        ir.save(lower_for_cpu(self.folder / self.graph), self.folder / self.fast)
+        self.model = onnx.load(self.folder / self.fast, load_external_data=False)
         self.lowered = True
 
     def save(self) -> None:
         """Write what onnxruntime runs, and a manifest that knows of no damage: the exporter itself was wrong."""
         if not self.lowered:
             self.lower()
-        self._write(LOWERED_FOR_CPU)
+        self._write(self.fast)
         self._record()
 
     def save_portable(self) -> None:
         """Write the portable graph alone: what onnxruntime runs on a CPU stays sound."""
-        self._write(PORTABLE)
+        self._write(self.graph)
         self._record()
 
     def _record(self) -> None:

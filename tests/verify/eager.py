@@ -19,6 +19,7 @@ from v4export.model.block import STATE, block_shares, head_reads
 from v4export.model.linear import Storage
 from v4export.model.load import load_transformer
 from v4export.precision import Precision
+from v4export.runtime.pausing import Thought
 from v4export.runtime.state import State
 from v4export.state_contract import may_skip_decoder
 from v4export.verify.rounded import as_the_graph_holds
@@ -52,7 +53,7 @@ class EagerExecutor:
             # What is stored has been rounded already.
             self.feed = EngramFeed(Hasher.of(config.engram, token_map), tables)
         self.tapped: dict[str, np.ndarray] = {}
-        self.trunk = None
+        self.trunk: np.ndarray | None = None
 
     def new_state(self, batch: int = 1) -> State:
         state = State.empty(self.config, batch, np.dtype(np.float32), self.max_seq_len)
@@ -78,9 +79,36 @@ class EagerExecutor:
                 self._tap_all(i, named)
                 self._put(state, i, out.rows)
             shared["logits_at"] = torch.from_numpy(np.array(logits_at_BQ, np.int64))
-            logits = self.model.head(*(shared[name] for name in head_reads(self.config)))[0].numpy()
+            logits, *trunk = self.model.head(*(shared[name] for name in head_reads(self.config)))
+            if self.config.thinks:
+                (self.trunk,) = (value.float().numpy() for value in trunk)
+                for j, rows in enumerate(self.model.head.rows(shared["hidden"], position, shared.get("pre"))):
+                    self._put(state, self.config.num_layers + j, {"latent": rows})
         state.commit(np.full(B, S) if lengths_B is None else lengths_B)
-        return logits
+        return logits.numpy()
+
+    def think(self, trunk_BQD, state, *, at_BQ=None, steps=None, looped=False):
+        at = torch.from_numpy(state.lengths_B[:, None] - 1 if at_BQ is None else at_BQ)
+        trunk = torch.from_numpy(np.array(trunk_BQD)).to(self.dtype)
+        latents = [self._read(state, i, "latent") for i in range(self.config.num_layers, self.config.state_layers)]
+        with torch.inference_mode():
+            if looped:
+                return self._loop(trunk, at, latents, steps or self.model.head.steps)
+            found = self.model.head.think(trunk, at, *latents, steps=steps)
+        return _thought(found.logits, found.weight, found.tokens, found.hidden)
+
+    def _loop(self, trunk, at, latents, steps):
+        """A step of the thought at a time, as a caller of a graph of one step does it."""
+        head, start = self.model.head, self.config.vocab_size
+        thought, entering, tokens, hidden = trunk, torch.full_like(at, start), [], []
+        own = [torch.zeros(0, *at.shape, self.config.thinker.latent_dim, dtype=self.dtype)] * len(latents)
+        for k in range(1, steps + 1):
+            if k > 1:
+                entering = torch.full_like(at, start + 1) if k == steps else entering
+                tokens += [entering] if k < steps else []
+            thought, entering, own, each = head.step(thought, entering, at, *latents, *own)
+            hidden.append(each)
+        return _thought(*head.mix(trunk, thought), torch.stack(tokens, -1) if tokens else None, hidden)
 
     def remember(self, tokens_BS, state, *, lengths_B=None, coming=None):
         with torch.inference_mode():
@@ -116,6 +144,12 @@ class EagerExecutor:
 
     def _tap(self, name: str, value: torch.Tensor) -> None:
         self.tapped[name] = (value.float() if value.is_floating_point() else value).numpy()
+
+
+def _thought(logits, weight, tokens, hidden) -> Thought:
+    none = np.zeros((*weight.shape, 0), np.int64)
+    after = {(k, j): x.float().numpy() for k, each in enumerate(hidden, 1) for j, x in enumerate(each)}
+    return Thought(logits.numpy(), weight.numpy(), none if tokens is None else tokens.numpy(), after)
 
 
 _TAPPED = {

@@ -26,8 +26,16 @@ class Chosen:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Chosen:
-        """What a manifest says. Raises TypeError where that is something else."""
-        return cls(**stored)
+        """What a manifest says.
+
+        Raises:
+            TypeError: that is something else.
+        """
+        found = cls(**stored)
+        counts = (found.layers, found.think_steps)
+        if type(found.engram_inside) is not bool or any(type(n) not in (int, type(None)) for n in counts):
+            raise TypeError(f"chosen: {stored!r}")
+        return found
 
     def of(self, config: ModelConfig) -> ModelConfig:
         """The model, changed.
@@ -47,6 +55,8 @@ class Chosen:
             raise BadInput("this model has no Engram tables", fix="leave --engram-inside out")
         if config.engram:
             config = replace(config, engram=replace(config.engram, inside=self.engram_inside))
+        if self.think_steps is not None and self.think_steps < 0:
+            raise BadInput("a thought cannot have so many steps", f"{self.think_steps}", "give 0 or more")
         if self.think_steps and config.reasoning is None:
             raise BadInput("this model has no reasoning layers", fix="leave --think-steps out")
         if self.think_steps is not None and config.reasoning:

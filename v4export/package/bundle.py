@@ -92,6 +92,11 @@ class Bundle:
         return int(self.manifest["max_seq_len"])
 
     @property
+    def thinking(self) -> Mapping[str, Any] | None:
+        """Steps of thoughts, and when ``--think auto`` pauses; None where the model does not think."""
+        return self.manifest.get("thinking")
+
+    @property
     def source(self) -> Path:
         """The checkpoint it was made from."""
         return Path(self.manifest["checkpoint"]["path"])

@@ -111,7 +111,10 @@ class Generation:
 
     def as_json(self) -> dict[str, Any]:
         """The same, as JSON values."""
-        return asdict(self) | {"tokens": list(self.tokens), "pauses": [asdict(one) for one in self.pauses]}
+        return asdict(self) | {
+            "tokens": list(self.tokens),
+            "pauses": [asdict(one) | {"tokens": list(one.tokens)} for one in self.pauses],
+        }
 
 
 def generate(

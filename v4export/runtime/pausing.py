@@ -82,12 +82,16 @@ class Pausing:
         Raises:
             BadInput: it is none of these, or the model does not think.
         """
-        if asked in ("off", "0") or (asked is None and stored is None):
+        if threshold is not None and not 0 <= threshold < np.inf:
+            raise BadInput(
+                "the threshold is out of range", f"--think-threshold {threshold}", "give a number, 0 or more"
+            )
+        if asked in ("off", "0") or (asked is None and stored is None and threshold is None):
             return None
         if stored is None:
             raise BadInput(
                 "this bundle has no reasoning layers",
-                f"--think {asked}",
+                f"--think {asked}" if asked else f"--think-threshold {threshold}",
                 "leave it out; the model has none, or was exported with --think-steps 0",
             )
         rest = {
@@ -98,6 +102,12 @@ class Pausing:
             return cls(**rest)
         if not asked.isdecimal():
             raise BadInput("--think is not understood", f"--think {asked}", "give a number of steps, auto or off")
+        if not 1 <= int(asked) <= stored["steps"]:
+            raise BadInput(
+                f"a thought of {asked} steps cannot be had",
+                f"the model was exported for 1 to {stored['steps']}",
+                "give --think K within that, auto or off; or export with --think-steps K",
+            )
         return cls(steps=int(asked), always=True, **rest)
 
     def wanted(self, logits_BV: np.ndarray) -> np.ndarray:

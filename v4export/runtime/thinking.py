@@ -59,7 +59,7 @@ class OnnxThinker:
             raise BadInput(
                 f"a thought of {steps} steps cannot be had",
                 f"the model was exported for 1 to {self.steps}",
-                "give --think K within that, auto or off; or export with --think-steps K",
+                "ask for fewer, or export with --think-steps K",
             )
         dtype = next(iter(rows.values())).dtype
         given = {"trunk": np.ascontiguousarray(trunk_BQD, dtype), "thought_at": at_BQ, **rows}

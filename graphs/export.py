@@ -52,6 +52,18 @@ def graphs_in(folder: Path) -> list[str]:
     return [name for name in STAMPS if (folder / name).exists()]
 
 
+def engine_precisions(folder: Path, precision: Precision) -> dict[str, str]:
+    """The graphs of a bundle that engines are built of, and the precision of each.
+
+    TensorRT-RTX 1.7 joins gate and up projections and fails where they are FP8 blocks that several steps of a thought
+    share; with those, thoughts are looped. What a thought comes to is computed by matrices that are never quantised.
+    """
+    found = dict.fromkeys(graphs_in(folder), precision.name)
+    if precision.fp8:
+        found.pop(THINKING, None)
+    return {name: precision.unquantised if name == THINKING_MIX else one for name, one in found.items()}
+
+
 @dataclass(frozen=True)
 class Graphs:
     """What an export left in its folder.

@@ -199,7 +199,7 @@ def trace_parts(config: ModelConfig, precision: Precision, *, absorbed: bool = T
             ),
             **(_thinking(config, storage, known, absorbed) if config.thinks else {}),
         }
-    with _quiet():
+    with _quiet(), _operators_parsed_once():
         return {name: _trace(kind) for name, kind in kinds.items()}
 
 
@@ -363,3 +363,38 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@functools.cache
+def _parsed(parse: Callable[[int], Any], opset_version: int) -> Any:
+    return parse(opset_version)
+
+
+@contextlib.contextmanager
+def _operators_parsed_once() -> Iterator[None]:
+    """The exporter parses the source of each of its operators at every call, a third of a small part's time.
+
+    How it keeps them is its own affair: where that has changed, they are parsed as often as before.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        parsed, kept = ONNXRegistry.from_torchlib, vars(ONNXRegistry)["from_torchlib"]
+        kept_by_instances = {"_opset_version", "functions"} == vars(ONNXRegistry()).keys()
+    except (ImportError, AttributeError, KeyError):
+        kept_by_instances = False
+    if not kept_by_instances:
+        yield
+        return
+
+    def copied(opset_version: int) -> Any:
+        registry, found = ONNXRegistry(), _parsed(parsed, opset_version)
+        registry._opset_version = opset_version
+        registry.functions = {name: list(overloads) for name, overloads in found.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(copied)
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = kept

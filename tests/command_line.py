@@ -1,4 +1,4 @@
-"""Calls the command line: in this process, where kinds of block are traced once, or in one of its own."""
+"""Calls the command line: in this process, or in one of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from traced import traced_once
 
 from v4export import cli
 
@@ -33,7 +32,6 @@ def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["v4export", *map(str, arguments)])
         patch.setattr("signal.signal", lambda *_: None)
-        patch.setattr("v4export.graphs.export.trace_parts", traced_once)
         with pytest.raises(SystemExit) as raised:
             cli.main()
     out, err = capfd.readouterr()

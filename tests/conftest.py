@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from traced import traced_once
 
 from v4export import api, presets
 from v4export.checkpoint.synth import synth
@@ -19,6 +20,14 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 #: Where a trained checkpoint may lie: in the repository, or beside it.
 TRAINED = (ROOT / "examples" / "tiny-v3", ROOT.parent / "shared" / "checkpoints" / "tiny-v3")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_traced_twice() -> Iterator[None]:
+    """Exports trace each kind of block once for the whole test run, however many bundles are made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("v4export.graphs.export.trace_parts", traced_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,10 @@
-"""Exports in which each kind of block is traced once for the whole test run, however many bundles are made."""
+"""Exports in which each kind of block is traced once for the whole test run (``conftest.py`` sees to that)."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from v4export import api
 from v4export.graphs.trace import trace_parts
@@ -17,7 +15,5 @@ traced_once = functools.cache(trace_parts)
 
 
 def export_bundle(checkpoint: Path, out: Path, precision: str, **options: Any) -> Bundle:
-    """``api.export`` that traces nothing twice."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("v4export.graphs.export.trace_parts", traced_once)
-        return api.export(checkpoint, out, precision=precision, max_seq_len=512, **options).bundle
+    """``api.export`` for sequences of tests' length."""
+    return api.export(checkpoint, out, precision=precision, max_seq_len=512, **options).bundle

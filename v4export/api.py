@@ -29,7 +29,7 @@ from v4export.engine.options import (
 )
 from v4export.engram.vocabulary import read_token_map
 from v4export.errors import BadInput
-from v4export.graphs.export import Graphs, export_graphs, graphs_in
+from v4export.graphs.export import THINKING, Graphs, engine_precisions, export_graphs
 from v4export.package.bundle import Bundle, whole_folder, write_manifest
 from v4export.precision import precision as find_precision
 from v4export.progress import Stages
@@ -58,7 +58,7 @@ class Built:
         bundle: the folder.
         audit: how the checkpoint's tensors were accounted for.
         graphs: what was exported.
-        note: why the precision is not the one asked for, if it is not.
+        notes: what is not as it was asked for, and why.
         verification: how the graph compares with the PyTorch definition, if it was verified.
         engines: what TensorRT built of each graph, by the graph's name, if it was asked to.
     """
@@ -66,7 +66,7 @@ class Built:
     bundle: Bundle
     audit: str
     graphs: Graphs
-    note: str | None = None
+    notes: tuple[str, ...] = ()
     verification: Verification | None = None
     engines: dict[str, EngineReport] = field(default_factory=dict)
 
@@ -214,18 +214,20 @@ def build(
         write_manifest(folder, facts, frozenset(graphs.linked))
         if verification:
             verification.check()
-    opened = Bundle.open(Path(out))
-    return Built(opened, account.summary(), graphs, note, verification, engines)
+    opened, notes = Bundle.open(Path(out)), [note] if note else []
+    if engines and THINKING in graphs.files and THINKING not in engines:
+        notes.append(f"{THINKING} has no engine: its steps share FP8 blocks. think_step.engine thinks the same.")
+    return Built(opened, account.summary(), graphs, tuple(notes), verification, engines)
 
 
 def _engines(
     bundle: Bundle, options: EngineOptions, stages: Stages, on_line: Callable[[str], None] | None
 ) -> dict[str, EngineReport]:
     """The engine of each graph of a bundle, by the graph's name."""
-    graphs, reports = graphs_in(bundle.folder), {}
-    with stages.stage("engine", len(graphs)) as advance:
-        for name in graphs:
-            how = (bundle.config, bundle.max_seq_len, bundle.precision.name, options, on_line)
+    precisions, reports = engine_precisions(bundle.folder, bundle.precision), {}
+    with stages.stage("engine", len(precisions)) as advance:
+        for name, precision in precisions.items():
+            how = (bundle.config, bundle.max_seq_len, precision, options, on_line)
             reports[name] = engine_of(bundle.folder / name, *how)
             advance(1)
     return reports

@@ -39,6 +39,11 @@ class Precision:
     weight_roundoff: float
     fp4_experts: bool = False
 
+    @property
+    def unquantised(self) -> str:
+        """Name of the precision with the same activations whose matrices have their type."""
+        return _BY_ACTIVATIONS[self.activations]
+
     def weight_dtype(self, role: str) -> str:
         """dtype a weight of this role is stored in."""
         if role in _FIXED:
@@ -48,6 +53,7 @@ class Precision:
         return "float8_e4m3fn" if self.fp8 and role in MATRIX_ROLES else self.activations
 
 
+_BY_ACTIVATIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 PRECISIONS = {
     p.name: p
     for p in (

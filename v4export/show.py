@@ -31,8 +31,7 @@ def built(result: Built, seconds: float, command: str) -> str:
     ]
     if g.beside_bytes:
         lines.append(f"{folder / 'engram.json'}: {_mib(g.beside_bytes)} of tables read where they lie")
-    if result.note:
-        lines.append(result.note)
+    lines += result.notes
     lines += [engine(one) for one in result.engines.values()]
     if result.verification:
         lines += [f"report: {folder / 'report.html'}", verdict(result.verification.summary(), seconds, command)]
@@ -149,10 +148,9 @@ def _engram(e: Engram) -> str:
 
 
 def _reasoning(r: Reasoning, by_part: Mapping[str, int]) -> str:
-    return (
-        f"{r.layers} layer{'s' if r.layers > 1 else ''}, thoughts of {r.steps} steps: {by_part['reasoning_layers']:,} parameters for each step, "
-        f"{by_part['reasoning_head']:,} once"
-    )
+    layers = "1 layer" if r.layers == 1 else f"{r.layers} layers"
+    each, once = (f"{by_part[part]:,}" for part in ("reasoning_layers", "reasoning_head"))
+    return f"{layers}, thoughts of {r.steps} steps: {each} parameters for each step, {once} once"
 
 
 def _decoder(c: ModelConfig, active: int) -> str:

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from training.data import BOS, EOS, PAD
+from v4export.checkpoint.names import expected
 from v4export.config import ModelConfig
 from v4export.config.readers import to_hub_config
+from v4export.precision import FLOAT32_ROLES
 
 
 def save(folder: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor], tokenizer: Tokenizer) -> None:
@@ -34,6 +36,12 @@ def save(folder: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor],
     _write(folder / "tokenizer_config.json", kind | special | {"model_max_length": config.max_position_embeddings})
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_ids[0]}
     _write(folder / "generation_config.json", ids | {"pad_token_id": config.pad_token_id})
+
+
+def in_bfloat16(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict rounded to bfloat16, but for what every checkpoint has in float32."""
+    exact = {one.name for one in expected(config).values() if one.role in FLOAT32_ROLES}
+    return {name: one if name in exact else one.bfloat16() for name, one in weights.items()}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

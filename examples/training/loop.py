@@ -85,11 +85,12 @@ def optimizer(model: CausalLM, options: Training) -> torch.optim.Optimizer:
 
 
 def rate(step: int, options: Training) -> float:
-    """Rises over the warm-up, then falls along a cosine to a tenth."""
+    """Rises over the warm-up, then falls along a cosine."""
     warm = max(1, round(options.warmup * options.steps))
     if step < warm:
         return options.rate * (step + 1) / warm
-    return options.rate * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
+    falling = (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm))) / 2
+    return options.rate * (options.end + (1 - options.end) * falling)
 
 
 def train(

@@ -65,12 +65,31 @@ def configs(compressed_vocab: int) -> dict[str, ModelConfig]:
     }
 
 
-def full(compressed_vocab: int) -> ModelConfig:
-    """A small model of every part: routed experts, Engram, and reasoning layers of the sizes of its own layers."""
-    engram = replace(ENGRAM, buckets=1500, compressed_vocab=compressed_vocab)
-    reasoning = Reasoning(layers=2, steps=4)
-    plain = replace(PLAIN, vocab_size=1024, num_layers=3, moe_layers=(1, 2), dtype="bfloat16")
-    return replace(plain, family="v4x", engram=engram, reasoning=reasoning)
+def full(vocab: int, compressed_vocab: int) -> ModelConfig:
+    """A small model of every part: latent attention, routed experts, Engram in two layers, and reasoning layers.
+
+    Its own layers are few and narrow, so that within minutes they learn what they can, and thoughts have work left.
+    """
+    return replace(
+        PLAIN,
+        family="v4x",
+        vocab_size=vocab,
+        hidden_size=96,
+        num_layers=3,
+        q_lora_rank=48,
+        kv_lora_rank=32,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=8,
+        v_head_dim=24,
+        intermediate_size=192,
+        moe_layers=(1, 2),
+        moe_intermediate_size=48,
+        num_experts=8,
+        experts_per_token=2,
+        dtype="bfloat16",
+        engram=replace(ENGRAM, buckets=1500, compressed_vocab=compressed_vocab),
+        reasoning=Reasoning(layers=2, steps=4, intermediate_size=384),
+    )
 
 
 def build(config: ModelConfig) -> CausalLM:
@@ -107,7 +126,8 @@ class Training:
         tokens: seen in all.
         window: tokens of a sequence.
         batch: sequences of a step.
-        rate: largest learning rate of Adam; a cosine takes it to a tenth.
+        rate: largest learning rate of Adam.
+        end: what part of it a cosine takes it to.
         warmup: part of the steps over which the rate rises.
         table_rate: what the rate of Engram tables is multiplied by.
         decay: of matrices other than tables.
@@ -121,6 +141,7 @@ class Training:
     window: int = 256
     batch: int = 4
     rate: float = 6e-3
+    end: float = 0.1
     warmup: float = 0.05
     table_rate: float = 5.0
     decay: float = 0.1

@@ -21,17 +21,17 @@ Memory = tuple[Tensor, Tensor]
 
 
 class Thoughts(NamedTuple):
-    """What thoughts about Q positions of each sequence come to.
+    """What thoughts about Q positions of each sequence come to, and the predictions of A tokens behind each.
 
     Attributes:
-        logits: of the mixed predictions, one [B, Q, V] for each token ahead.
-        alone: the same of the thoughts, nothing mixed in.
-        weight: how much of the thought is in the first of them, [B, Q].
-        log_prob: of all tokens in the thought together, [B, Q].
+        mixed: logits of the plain predictions with the thought mixed in, [B, Q, A, V].
+        alone: logits of the thoughts, nothing mixed in, [B, Q, A, V].
+        weight: how much of the thought is in a mixed prediction, [B, Q, A].
+        log_prob: of all tokens drawn in a thought together, [B, Q]; 0 where none is drawn.
     """
 
-    logits: list[Tensor]
-    alone: list[Tensor]
+    mixed: Tensor
+    alone: Tensor
     weight: Tensor
     log_prob: Tensor
 
@@ -137,7 +137,7 @@ class ThinkingLM(CausalLM):
         visible_BQS = torch.arange(trunk_BSD.shape[1]) <= about_BQ[..., None]
         own: list[Memory | None] = [None for _ in memory]
         z_BQD, log_prob = at(trunk_BSD, about_BQ), torch.zeros(about_BQ.shape)
-        mixed = []
+        predicted = []
         for k in range(1, self.steps + ahead):
             if k == 1:
                 entering = reasoning.start_embedding
@@ -152,9 +152,8 @@ class ThinkingLM(CausalLM):
             for n, layer in enumerate(reasoning.layers):
                 z_BQD, own[n] = layer.step(z_BQD, about_BQ + k, memory[n], visible_BQS, own[n])
             if k >= self.steps:
-                mixed.append(self._mix(at(trunk_BSD, about_BQ + k - self.steps), z_BQD))
-        logits, alone, weight = zip(*mixed, strict=True)
-        return Thoughts(list(logits), list(alone), weight[0], log_prob)
+                predicted.append(self._mix(at(trunk_BSD, about_BQ + k - self.steps), z_BQD))
+        return Thoughts(*(torch.stack(parts, 2) for parts in zip(*predicted, strict=True)), log_prob)
 
     def _next(self, z_BQD: Tensor, sample: bool) -> tuple[Tensor, Tensor | float]:
         """The token that a thought goes on with, and the logarithm of its probability where it is drawn."""
@@ -165,12 +164,12 @@ class ThinkingLM(CausalLM):
         token_BQ = torch.multinomial(log_p_BQV.detach().exp().flatten(0, 1), 1).view(z_BQD.shape[:2])
         return token_BQ, log_p_BQV.gather(-1, token_BQ[..., None]).squeeze(-1)
 
-    def _mix(self, trunk_BQD: Tensor, thought_BQD: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, Q, V] of the mixed prediction, and the weight of the thought in it [B, Q]."""
+    def _mix(self, trunk_BQD: Tensor, thought_BQD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, Q, V] of the mixed prediction and of the thought's own, and the weight of the thought [B, Q]."""
         plain, thought = self.model.norm(trunk_BQD), self.model.norm(thought_BQD)
-        weight_BQ = self.model.reasoning.talk_head(torch.cat([plain, thought], -1)).squeeze(-1)
-        mixed = (1 - weight_BQ)[..., None] * plain + weight_BQ[..., None] * thought
-        return self.lm_head(mixed), self.lm_head(thought), weight_BQ
+        weight_BQ1 = self.model.reasoning.talk_head(torch.cat([plain, thought], -1))
+        mixed = (1 - weight_BQ1) * plain + weight_BQ1 * thought
+        return self.lm_head(mixed), self.lm_head(thought), weight_BQ1.squeeze(-1)
 
 
 def at(values: Tensor, index: Tensor) -> Tensor:

@@ -41,6 +41,29 @@ def test_two_profiles():
     assert prefill.shapes["logits_at"] == ((1, 1), (1, 1), (4, 128))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_earlier_steps_of_a_thought(steps):
+    """The first step has none, and the last has all but itself."""
+    inputs = {"thought_at": ("B", "Q"), "own.0": ("P", "B", "Q", 576)}
+    decode, prefill = derive_profiles(inputs, **SIZES, max_steps=steps)
+    (least, likely, most), (_, _, widest) = decode.shapes["own.0"], prefill.shapes["own.0"]
+    assert least == (0, 1, 1, 576) and most == (steps - 1, 4, 1, 576) and widest == (steps - 1, 4, 128, 576)
+    assert least[0] <= likely[0] <= most[0] and (likely[0] > 0) == (steps > 1)
+
+
+def test_earlier_steps_that_a_user_gives():
+    inputs = {"entering": ("B", "Q"), "own.0": ("P", "B", "Q", 576), "own.1": ("P", "B", "Q", 576)}
+    given = ShapeOverride.parse("own.0:0x1x1x576", "own.0:2x1x1x576", "own.0:5x2x3x576")
+    (profile,) = derive_profiles(inputs, **SIZES, max_steps=8, override=given)
+    assert profile.shapes["own.1"] == ((0, 1, 1, 576), (2, 1, 1, 576), (5, 2, 3, 576))
+    assert profile.shapes["entering"] == ((1, 1), (1, 1), (2, 3))
+
+
+def test_a_thought_has_a_step():
+    with pytest.raises(BadInput, match="max_steps"):
+        derive_profiles(INPUTS, **SIZES, max_steps=0)
+
+
 @pytest.mark.parametrize("every", [2, 3, 7, 128, 1000])
 @pytest.mark.parametrize("length", [1, 5, 128, 1024])
 def test_every_number_of_rows_the_runtime_binds(every, length):

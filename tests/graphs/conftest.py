@@ -17,6 +17,7 @@ from v4export.checkpoint import names
 from v4export.checkpoint.formats import grid
 from v4export.checkpoint.names import SCALE
 from v4export.config import ModelConfig
+from v4export.graphs.export import STAMPS
 from v4export.graphs.stamp import stamp
 from v4export.graphs.trace import Part
 from v4export.graphs.weights import FP4, FP4_SCALE, Placed, numpy_dtype
@@ -70,5 +71,17 @@ def stamped(trace: Trace) -> Callable[..., tuple[ModelConfig, ir.Model, Mapping[
         config, precision, parts = trace(*args, **changes)
         config = replace(config, **(wider or {}))
         return config, stamp(config, precision, parts, place_nowhere(config, precision), Path("nowhere")), parts
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def all_stamped(trace: Trace) -> Callable[..., tuple[ModelConfig, dict[str, ir.Model], Mapping[str, Part]]]:
+    """As ``stamped``, with every graph of the model by its name."""
+
+    def make(*args: Any, **changes: Any):
+        config, precision, parts = trace(*args, **changes)
+        made = (config, precision, parts, place_nowhere(config, precision), Path("nowhere"))
+        return config, {name: stamping(*made) for name, (part, stamping) in STAMPS.items() if part in parts}, parts
 
     return make

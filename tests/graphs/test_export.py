@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,22 @@ import onnxruntime as ort
 import pytest
 from traced import export_bundle
 
-from v4export import api
+from v4export import api, presets
 from v4export.checkpoint.audit import audit
 from v4export.checkpoint.formats import quantize_blocks
 from v4export.checkpoint.index import Checkpoint
+from v4export.checkpoint.synth import synth
+from v4export.config import Reasoning
 from v4export.errors import BadInput
-from v4export.graphs.export import LOWERED_FOR_CPU, PORTABLE
+from v4export.graphs.export import (
+    LOWERED_FOR_CPU,
+    PORTABLE,
+    THINKING,
+    THINKING_MIX,
+    THINKING_STEP,
+    for_cpu,
+    graphs_in,
+)
 from v4export.graphs.lower import with_bodies
 from v4export.graphs.weights import numpy_dtype
 from v4export.package.bundle import Bundle
@@ -165,3 +176,40 @@ def test_no_provider_has_to_know_packed_numbers(tmp_path):
     copy = ir.to_proto(with_bodies(folder / PORTABLE))
     assert onnx.TensorProto.FLOAT4E2M1 not in {t.data_type for t in copy.graph.initializer}
     assert not copy.functions and not any(n.domain for n in copy.graph.node)
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory):
+    """A bundle of a model that thinks, with copies of the shards."""
+    folder = tmp_path_factory.mktemp("thinking")
+    config = replace(presets.load("tiny-v3"), num_layers=1, moe_layers=(), reasoning=Reasoning(layers=2, steps=3))
+    return export_bundle(synth(config, folder / "hub"), folder / "out", "bf16", copy_weights=True)
+
+
+def test_files_of_a_model_that_thinks(thinking):
+    graphs = [PORTABLE, THINKING, THINKING_STEP, THINKING_MIX]
+    assert graphs_in(thinking.folder) == graphs == ["model.onnx", "think.onnx", "think_step.onnx", "think_mix.onnx"]
+    files = [name for graph in graphs for name in (graph, for_cpu(graph))]
+    manifest = thinking.manifest
+    assert manifest["graphs"]["files"] == files and "think_step.cpu.onnx" in files
+    assert {*files, "weights/model.safetensors", "tokenizer.json"} <= manifest["files"].keys()
+    assert {p.name for p in thinking.folder.glob("*.onnx")} == {*files}
+    assert manifest["thinking"] == {"steps": 3, "confidence": "entropy", "threshold": 1.0}
+    assert manifest["chosen"] == {"layers": None, "engram_inside": False, "think_steps": None}
+    for name in files:
+        onnx.checker.check_model(thinking.folder / name)
+
+
+def test_graphs_of_a_model_that_thinks_read_the_same_bytes(thinking):
+    """A weight lies at one place for all of them, and each names it once."""
+    places: dict[str, set] = {}
+    for name in (file for graph in graphs_in(thinking.folder) for file in (graph, for_cpu(graph))):
+        model = load(thinking.folder, name)
+        assert len({t.name for t in model.graph.initializer}) == len(model.graph.initializer)
+        for weight, place in external(model).items():
+            places.setdefault(weight, set()).add(place)
+        assert (thinking.folder / name).stat().st_size < 1 << 18
+    assert all(len(some) == 1 for some in places.values())
+    talk = {f"model.reasoning.talk_head.{i}.weight" for i in (0, 2, 4)}
+    assert talk <= places.keys() and len({*external(load(thinking.folder, THINKING_MIX))} - talk) == 2 + 2
+    assert places.keys() == audit(Checkpoint.open(thinking.source), scan_values=False).weights.keys()

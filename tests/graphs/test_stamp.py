@@ -8,7 +8,9 @@ import pytest
 
 from v4export import presets
 from v4export.checkpoint import names
-from v4export.graphs.lint import lint
+from v4export.config import Reasoning
+from v4export.graphs.export import PORTABLE, THINKING, THINKING_MIX, THINKING_STEP
+from v4export.graphs.lint import lint, lint_nodes
 from v4export.graphs.stamp import experts_name, hidden_name, new_state_name, selected_name, state_name
 from v4export.state_contract import state_tensors
 
@@ -136,3 +138,74 @@ def test_router_without_a_bias_shares_zeros(stamped):
     zeros = model.graph.initializers["no_correction_bias"]
     assert len(list(zeros.uses())) == len(config.moe_layers)
     assert not zeros.const_value.numpy().any()
+
+
+@pytest.fixture(scope="module")
+def thinking(all_stamped):
+    """Of a dense layer with two reasoning layers behind it, whose thoughts have three steps."""
+    return all_stamped("tiny-v3", "bf16", num_layers=1, moe_layers=(), reasoning=Reasoning(layers=2, steps=3))
+
+
+def ends(model: ir.Model) -> dict[str, tuple[str, ...]]:
+    """Dimensions and type of every input and then of every output."""
+    values = (*model.graph.inputs, *model.graph.outputs)
+    return {v.name: (*map(str, v.shape), v.dtype.name) for v in values}
+
+
+def test_graphs_of_thoughts(thinking):
+    config, graphs, _ = thinking
+    assert [*graphs] == [PORTABLE, THINKING, THINKING_STEP, THINKING_MIX]
+    hidden, vocab, width = (str(n) for n in (config.hidden_size, config.vocab_size, config.thinker.latent_dim))
+    trunk, number, said = ("B", "Q", hidden, "BFLOAT16"), ("B", "Q", "INT64"), ("B", "Q", vocab, "FLOAT")
+    held = {f"state.{i}.latent": ("B", "T", width, "BFLOAT16") for i in (1, 2)}
+    ends_of_all = {
+        THINKING: {"trunk": trunk, "thought_at": number, **held}
+        | {"logits": said, "weight": ("B", "Q", "FLOAT"), "tokens": ("B", "Q", "1", "INT64")},
+        THINKING_STEP: {"thought": trunk, "entering": number, "thought_at": number, **held}
+        | {f"own.{j}": ("P", "B", "Q", width, "BFLOAT16") for j in (0, 1)}
+        | {"new_thought": trunk, "token": number}
+        | {f"new_own.{j}": ("P+1", "B", "Q", width, "BFLOAT16") for j in (0, 1)},
+        THINKING_MIX: {"trunk": trunk, "thought": trunk, "logits": said, "weight": ("B", "Q", "FLOAT")},
+    }
+    for name, wanted in ends_of_all.items():
+        assert list(ends(graphs[name]).items()) == list(wanted.items()), name
+    whole = ends(graphs[PORTABLE])
+    assert whole["trunk"] == trunk and "state.0.latent" in whole and "state.1.latent" not in whole
+    assert [v.name for v in graphs[PORTABLE].graph.outputs] == [
+        "logits", "trunk", "new_state.0.latent", "new_state.1.latent", "new_state.2.latent",
+    ]  # fmt: skip
+    assert whole["new_state.2.latent"] == ("B", "S", width, "BFLOAT16")
+
+
+def test_graphs_of_thoughts_keep_the_rules(thinking):
+    config, graphs, parts = thinking
+    assert lint(graphs[PORTABLE], config, parts).nodes_per_layer.keys() == {"dense"}
+    for graph in graphs.values():
+        lint_nodes(graph)
+        node_names = [n.name for n in graph.graph]
+        assert len({*node_names}) == len(node_names)
+    bodies = {name: [f.name for f in graph.functions.values()] for name, graph in graphs.items()}
+    own = ["ThoughtAttention"]
+    assert bodies == {PORTABLE: ["LatentAttention"], THINKING: own, THINKING_STEP: own, THINKING_MIX: []}
+
+
+def test_graphs_of_thoughts_share_their_weights(thinking):
+    """Each has a weight once, however often it is read, and all of them have it where it lies."""
+    config, graphs, _ = thinking
+    places: dict[str, set[tuple]] = {}
+    for graph in graphs.values():
+        weights = [v.const_value for v in graph.graph.initializers.values()]
+        external = [w for w in weights if isinstance(w, ir.ExternalTensor)]
+        assert sum(w.nbytes for w in weights if w not in external) < 1 << 12
+        for w in external:
+            places.setdefault(w.name, set()).add((w.location, w.offset, w.length, w.dtype, tuple(w.shape)))
+        own = {(w.location, w.offset) for w in external}
+        assert len(own) == len(external)
+    assert all(len(some) == 1 for some in places.values()) and places.keys() == names.expected(config).keys()
+
+
+def test_hidden_states_of_thoughts_have_names(thinking):
+    _, graphs, _ = thinking
+    made = {name: {v.name for n in graph.graph for v in n.outputs} for name, graph in graphs.items()}
+    assert {f"thought.{k}.{j}" for k in (1, 2, 3) for j in (0, 1)} <= made[THINKING]
+    assert {"thought.0", "thought.1"} <= made[THINKING_STEP]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import psutil
 import pytest
 
 from v4export import presets
+from v4export.config import Reasoning
+from v4export.graphs.trace import ROWS, THINK, THINK_MIX, THINK_STEP
 from v4export.model.load import hub_name
 from v4export.state_contract import state_tensors
 
@@ -37,6 +40,9 @@ CUSTOM = {
     },
 }
 
+#: Reasoning layers behind one dense layer, and thoughts of three steps.
+THINKS = {"num_layers": 1, "moe_layers": (), "reasoning": Reasoning(layers=2, steps=3)}
+
 
 def operators(part):
     return Counter(node.op_type for node in part.graph)
@@ -62,7 +68,7 @@ def test_one_node_for_each_custom_op(trace, preset):
 def test_inputs_are_activations_and_then_weights(trace, preset):
     _, _, parts = trace(preset)
     for kind, part in parts.items():
-        assert [v.name for v in part.graph.inputs] == [*part.activations, *(f"weight:{n}" for n in part.weights)], kind
+        assert [v.name for v in part.graph.inputs] == [*part.reads, *(f"weight:{n}" for n in part.weights)], kind
         assert len(part.graph.outputs) == len(part.outputs)
 
 
@@ -72,7 +78,7 @@ def test_what_varies_is_what_the_contract_says(trace, preset):
     config, _, parts = trace(preset)
     for kind, layer in config.kinds.items():
         part = parts[kind]
-        inputs = dict(zip(part.activations, part.graph.inputs, strict=False))
+        inputs = dict(zip(part.reads, part.graph.inputs, strict=False))
         outputs = dict(zip(part.outputs, part.graph.outputs, strict=True))
         assert [isinstance(d, int) for d in inputs["hidden"].shape] == [False] + [True] * len(config.hidden_shape)
         for tensor in state_tensors(config, layer):
@@ -113,7 +119,7 @@ def test_a_model_of_671_billion_parameters_takes_no_memory(trace):
 
 def test_fp4_experts_enter_as_bytes_with_their_multipliers(trace):
     _, _, parts = trace("tiny-v4-fp4", "mxfp4")
-    inputs = dict(zip(parts["csa"].weights, parts["csa"].graph.inputs[len(parts["csa"].activations) :], strict=True))
+    inputs = dict(zip(parts["csa"].weights, parts["csa"].graph.inputs[len(parts["csa"].reads) :], strict=True))
     up, scale = (inputs[f"mlp.experts.0.up_proj.{name}"] for name in ("weight", "weight_scale_inv"))
     assert (up.dtype.name, *up.shape) == ("UINT8", 64, 48) and (scale.dtype.name, *scale.shape) == ("BFLOAT16", 64, 3)
 
@@ -143,3 +149,70 @@ def test_parameters_have_hub_names():
                 block = Block(config, layer)
             wanted = {n for n in names.expected(config) if n.startswith(f"model.layers.{layer}.")}
             assert {hub_name(name, config, layer) for name, _ in block.named_parameters()} - {None} == wanted
+
+
+@pytest.fixture(scope="module")
+def thinking(trace):
+    return trace("tiny-v3", "bf16", **THINKS)
+
+
+def test_parts_of_a_model_that_thinks(thinking):
+    _, _, parts = thinking
+    own = {ROWS: {}, THINK: {"ThoughtAttention": 3 * 2}, THINK_STEP: {"ThoughtAttention": 2}, THINK_MIX: {}}
+    assert parts.keys() == V3_PARTS - {"routed"} | own.keys()
+    assert {kind: Counter(n.op_type for n in parts[kind].graph if n.domain) for kind in own} == own
+    assert parts[ROWS].outputs == ("latent.0", "latent.1") and parts["head"].outputs == ("logits", "trunk")
+    after = [f"thought.{k}.{j}" for k in (1, 2, 3) for j in (0, 1)]
+    assert parts[THINK].outputs == ("logits", "weight", "tokens", *after)
+    assert parts[THINK_STEP].outputs == ("thought", "token", "own.0", "own.1", "thought.0", "thought.1")
+    assert parts[THINK_MIX].outputs == ("logits", "weight")
+
+
+def test_a_thought_grows_with_its_steps_and_its_weights_do_not(thinking):
+    _, _, parts = thinking
+    think, step, mix = (parts[kind] for kind in (THINK, THINK_STEP, THINK_MIX))
+    # Seven matrices a layer, lm_head for a token, and the talk head and lm_head for the end.
+    assert [operators(part)["Gemm"] for part in (think, step, mix)] == [3 * 2 * 7 + 1 + 4, 2 * 7 + 1, 4]
+    assert len({*think.weights}) == len(think.weights) and {*think.weights} == {*step.weights, *mix.weights}
+    inputs = dict(zip(think.weights, think.graph.inputs[len(think.reads) :], strict=True))
+    layers = [name for name in think.weights if ".layers." in name]
+    assert len(layers) == 2 * 12
+    # The matrix that attention absorbs is taken apart once for all steps.
+    assert {len(inputs[name].uses()) for name in layers if "kv_b_proj" not in name} == {3}
+    assert {len(inputs[name].uses()) for name in layers if "kv_b_proj" in name} == {1}
+
+
+def test_what_varies_of_a_thought_is_what_its_reads_say(thinking):
+    config, _, parts = thinking
+    hidden, vocab, width = config.hidden_size, config.vocab_size, config.thinker.latent_dim
+    fixed = {"logits": [2, vocab], "weight": [2], "tokens": [2, 1], "token": [2], "thought": [2, hidden]}
+    fixed |= {f"{name}.{j}": [count, width] for name, count in (("latent", 2), ("own", 3)) for j in (0, 1)}
+    for kind in (ROWS, THINK, THINK_STEP, THINK_MIX):
+        part = parts[kind]
+        assert [v.name for v in part.graph.inputs] == [*part.reads, *(f"weight:{n}" for n in part.weights)], kind
+        for value, activation in zip(part.graph.inputs, part.reads.values(), strict=False):
+            assert constants(value) == constants(activation.dims), (kind, value.name)
+        for name, value in zip(part.outputs, part.graph.outputs, strict=True):
+            varying, *rest = fixed.get(name, [1, hidden])  # hidden states after a layer
+            assert constants(value) == [None] * varying + rest, (kind, name)
+
+
+def constants(value):
+    """The dimensions that do not vary, None in place of the others."""
+    return [d if isinstance(d, int) else None for d in getattr(value, "shape", value)]
+
+
+def test_parameters_of_a_head_that_thinks_have_hub_names():
+    import torch
+
+    from v4export.checkpoint import names
+    from v4export.model.reasoning import ThinkingHead
+
+    for preset in CUSTOM:
+        own = Reasoning(1, 3, kv_lora_rank=20, qk_nope_head_dim=10, v_head_dim=14, intermediate_size=56)
+        config = replace(presets.load(preset), reasoning=own)
+        with torch.device("meta"):
+            head = ThinkingHead(config)
+        outside = ("model.embed_tokens.weight", "model.norm.weight", "model.hc_head.", "lm_head.weight")
+        wanted = {n for n in names.expected(config) if n.startswith(("model.reasoning.", *outside))}
+        assert {hub_name(name, config) for name, _ in head.named_parameters()} == wanted

@@ -29,6 +29,7 @@ from v4export.checkpoint.audit import audit
 from v4export.checkpoint.index import Checkpoint
 from v4export.checkpoint.synth import synth
 from v4export.config import ModelConfig, Reasoning
+from v4export.graphs.export import PORTABLE, graphs_in
 from v4export.model.load import load_transformer
 from v4export.package.bundle import Bundle
 from v4export.runtime.onnx import OnnxExecutor
@@ -264,7 +265,7 @@ def test_bfloat16(exported: Callable[..., Exported]) -> None:
         for looped in (False, True):
             check_without_weight(case, GraphRunner(case.executor(bodies), looped=looped))
         without = exported("v3", "bf16", silent=True, think_steps=0)
-        assert without.config.state_layers == without.config.num_layers and without.executor().trunk is None
+        assert graphs_in(without.bundle.folder) == [PORTABLE] and without.executor().trunk is None
         runners = [OnnxRunner(one.executor(bodies), 1) for one in (case, without)]
         for one, other in zip(*(plain_logits(r, case.ids(LENGTH)) for r in runners), strict=True):
             assert np.array_equal(one, other)

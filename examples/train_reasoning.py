@@ -1,6 +1,6 @@
 """Trains a small model with reasoning layers on Python's standard library, and measures what thinking brings.
 
-First the model alone, then the model and its thoughts together:
+First the model alone, then thoughts about what it then knows:
 
     python examples/train_reasoning.py --save tiny-v4x
 
@@ -28,7 +28,7 @@ from training.compare import Corpus, corpus, rows_of
 from training.data import Text, standard_library
 from training.look_ahead import LookAhead
 from training.loop import Run, train
-from training.pausing import Predictions, best_threshold, predictions
+from training.pausing import Predictions, best_threshold, loss_with_thoughts, predictions
 from training.recipe import Training, build, full
 from training.thoughts import ThinkingLM
 
@@ -39,8 +39,9 @@ VOCAB = 1024
 THRESHOLDS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 #: The part of what thinking everywhere gains that has to remain at the threshold in config.json.
 KEEP = 0.8
-#: Windows of the text trained on by which that is judged, and characters of held-out text that are saved.
-JUDGED, SAVED = 128, 32_000
+#: Windows of the text trained on by which that is judged, and of held-out text that show how a training goes on; and
+#: characters of held-out text that are saved.
+JUDGED, WATCHED, SAVED = 64, 32, 32_000
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Trained:
     Attributes:
         model: with weights as they are stored.
         config: with a threshold.
-        runs: of the model alone, and with thoughts.
+        runs: of the model alone, and of thoughts, with the losses of a part of the text held out.
         held_out: predictions.
         judged: predictions of text trained on.
     """
@@ -65,32 +66,31 @@ class Trained:
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=500_000, help="to train the model alone on (default: 500000)")
-    parser.add_argument("--more-tokens", type=int, default=2_000_000, help="with thoughts (default: 2000000)")
-    parser.add_argument("--positions", type=int, default=64, help="of a window that are thought about (default: 64)")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="to train the model alone on (default: 2000000)")
+    parser.add_argument("--more-tokens", type=int, default=2_000_000, help="to train thoughts on (default: 2000000)")
+    parser.add_argument("--positions", type=int, default=192, help="of a window that are thought about (default: 192)")
     parser.add_argument("--ahead", type=int, default=1, help="tokens to predict behind a thought (default: 1)")
     parser.add_argument(
         "--policy", type=float, default=0.0, metavar="WEIGHT", help="draw thoughts, and train them by REINFORCE as well"
     )
-    parser.add_argument("--window", type=int, default=256, help="tokens of a sequence (default: 256)")
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a step (default: 8)")
+    parser.add_argument("--together", action="store_true", help="train the model on while thoughts are trained")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a sequence (default: 512)")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step (default: 4)")
     parser.add_argument("--files", type=int, metavar="N", help="take no more than N files, to try this out")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and positions (default: 0)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="(default: all)")
-    parser.add_argument("--control", action="store_true", help="also train the model alone on all the tokens")
+    parser.add_argument(
+        "--control", action="store_true", help="also train the model alone on the tokens of both trainings"
+    )
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the model there, as a checkpoint")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser.parse_args()
 
 
 def phases(asked: argparse.Namespace) -> tuple[Training, Training]:
-    """The model alone, at a rate that stays; then with thoughts, at one that falls.
-
-    Thoughts take in embeddings and end in the model's own head. Where those have settled without them, thoughts hardly
-    help: the first phase is short, and the rate does not fall in it.
-    """
-    first = Training(asked.tokens, window=asked.window, batch=asked.batch, end=1.0, measurements=2)
-    return first, replace(first, tokens=asked.more_tokens, end=0.1, measurements=4)
+    """The model alone; then thoughts, and where the model is not to change, its routers do not either."""
+    alone = Training(asked.tokens, window=asked.window, batch=asked.batch, measurements=4)
+    return alone, replace(alone, tokens=asked.more_tokens, balance=alone.balance * asked.together)
 
 
 def trained(text: Corpus, asked: argparse.Namespace) -> Trained:
@@ -103,8 +103,10 @@ def trained(text: Corpus, asked: argparse.Namespace) -> Trained:
     first, second = phases(asked)
     model.model.reasoning.requires_grad_(False)
     runs = [train(model, rows, text.train, text.held_out, first, asked.seed, "alone")]
-    model.requires_grad_(True)
-    runs += [train(model, rows, text.train, text.held_out, second, asked.seed + 1, "with thoughts", loss)]
+    model.requires_grad_(asked.together)
+    model.model.reasoning.requires_grad_(True)
+    part = evenly(text.held_out, WATCHED), second, asked.seed + 1, "thinking"
+    runs += [train(model, rows, text.train, *part, loss=loss, measure=loss_with_thoughts)]
     model.load_state_dict(in_bfloat16(config, model.state_dict()))
     held_out, judged = (predictions(model, rows, one) for one in (text.held_out, evenly(text.train, JUDGED)))
     threshold = best_threshold(judged, config.vocab_size, KEEP)
@@ -114,14 +116,13 @@ def trained(text: Corpus, asked: argparse.Namespace) -> Trained:
 
 
 def control(text: Corpus, asked: argparse.Namespace) -> Run:
-    """The same model without thoughts on as many tokens, which come in the same order at the same rates."""
+    """The same model without thoughts, on the tokens of both phases."""
     config = full(text.tokenizer.get_vocab_size(), text.compressed_vocab)
     torch.manual_seed(asked.seed)
     model, rows = build(config), rows_of(config, text.token_map)
     model.model.reasoning.requires_grad_(False)
-    for n, options in enumerate(phases(asked)):
-        run = train(model, rows, text.train, text.held_out, options, asked.seed + n, "control")
-    return run
+    options = replace(phases(asked)[0], tokens=asked.tokens + asked.more_tokens)
+    return train(model, rows, text.train, text.held_out, options, asked.seed, "control")
 
 
 def evenly(windows: Any, count: int) -> Any:
@@ -171,7 +172,7 @@ def figures(text: Corpus, asked: argparse.Namespace, result: Trained, seconds: f
         "reasoning_parameters": sum(one.numel() for one in thinker.parameters()),
         "reasoning": asdict(chosen),
         "alone": asdict(first) | asdict(result.runs[0]),
-        "with_thoughts": asdict(second) | asdict(result.runs[1]),
+        "thinking": asdict(second) | asdict(result.runs[1]),
         "thoughts": asdict(LookAhead(asked.positions, asked.ahead, policy=asked.policy)),
         "held_out": measured(result.held_out, thresholds),
         "held_out_weight": [fn(result.held_out.weight).item() for fn in (torch.mean, torch.std)],
@@ -196,7 +197,9 @@ def main() -> None:
     print(table(found["held_out"], result.config.reasoning.threshold))
     if asked.control:
         found["control"] = asdict(control(text, asked))
-        print(f"\nThe same model trained without thoughts: {found['control']['losses'][-1]:.4f} nats a token")
+        print(
+            f"\nThe same model trained alone on the tokens of both trainings: {found['control']['losses'][-1]:.4f} nats a token"
+        )
     content = json.dumps(found, indent=1) + "\n"
     if asked.json:
         asked.json.write_text(content, encoding="utf-8")

@@ -208,7 +208,7 @@ def test_a_short_training_writes_a_checkpoint(training, tmp_path):
     said = json.loads((folder / "training.json").read_text())
     assert said == json.loads((tmp_path / "all.json").read_text())
     assert said["reasoning"]["threshold"] == config.reasoning.threshold
-    assert said["with_thoughts"]["losses"][-1] < said["alone"]["losses"][0]
+    assert said["thinking"]["losses"][-1] < said["alone"]["losses"][0]
     assert len((folder / "heldout.txt").read_text()) > 1000
 
 

@@ -22,6 +22,8 @@ from training.recipe import Training
 Rows = Callable[[np.ndarray], dict[int, np.ndarray]]
 #: What a step lowers, of a model and windows [B, S + 1].
 Loss = Callable[[Any, Rows, np.ndarray], Tensor]
+#: How good a model is on such windows, in nats a token.
+Measure = Callable[[Any, Rows, np.ndarray], float]
 
 
 @dataclass
@@ -64,8 +66,7 @@ def held_out_loss(model: CausalLM, rows: Rows, data: np.ndarray, size: int = 16)
     model.eval()
     total = sum(loss_of(model, rows, data[n : n + size], "sum").item() for n in range(0, len(data), size))
     model.train()
-    for router in model.routers():
-        router.load.zero_()
+    model.clear_loads()
     return total / data[:, 1:].size
 
 
@@ -102,6 +103,7 @@ def train(
     seed: int,
     name: str,
     loss: Loss = loss_of,
+    measure: Measure = held_out_loss,
 ) -> Run:
     """Trains a model in place, what does not require a gradient left alone; progress goes to stderr."""
     run, adam = Run(), optimizer(model, options)
@@ -121,7 +123,7 @@ def train(
         run.seconds += time.perf_counter() - start
         if step + 1 in when:
             run.tokens.append((step + 1) * options.batch * options.window)
-            run.losses.append(held_out_loss(model, rows, held_out))
+            run.losses.append(measure(model, rows, held_out))
             line = f"{name}: {run.tokens[-1]:>9,} tokens  {run.losses[-1]:.4f} nats  {run.seconds:.0f} s"
             print(line, file=sys.stderr, flush=True)
     return run

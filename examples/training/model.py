@@ -249,6 +249,11 @@ class CausalLM(nn.Module):
         """Those of all layers with experts."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
+    def clear_loads(self) -> None:
+        """Forgets which experts were busy, as after a measurement."""
+        for router in self.routers():
+            router.load.zero_()
+
     def tables(self) -> list[nn.Parameter]:
         """The Engram tables."""
         return [module.embed.weight for module in self.modules() if isinstance(module, EngramMemory)]

@@ -51,7 +51,13 @@ def predictions(model: ThinkingLM, rows: Rows, data: np.ndarray, size: int = 8) 
         thoughts = model.think(trunk_BSD, torch.from_numpy(ids), about_BQ)
         mixed = nats(thoughts.mixed[:, :, 0], targets)
         parts.append((nats(logits, targets), mixed, entropy(logits), thoughts.weight[..., 0]))
+    model.clear_loads()
     return Predictions(*(torch.cat(part).flatten() for part in zip(*parts, strict=True)))
+
+
+def loss_with_thoughts(model: ThinkingLM, rows: Rows, data: np.ndarray) -> float:
+    """Mean nats per token over all windows, thinking about every position."""
+    return predictions(model, rows, data).mixed.mean().item()
 
 
 def entropy(logits: Tensor) -> Tensor:

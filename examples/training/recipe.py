@@ -68,7 +68,8 @@ def configs(compressed_vocab: int) -> dict[str, ModelConfig]:
 def full(vocab: int, compressed_vocab: int) -> ModelConfig:
     """A small model of every part: latent attention, routed experts, Engram in two layers, and reasoning layers.
 
-    Its own layers are few and narrow, so that within minutes they learn what they can, and thoughts have work left.
+    Its own layers are few and narrow, so that they learn within minutes what they can. All of its rotations turn more
+    than once in a window of 512 tokens, so that longer texts than it was trained on hold no angle that it has not seen.
     """
     return replace(
         PLAIN,
@@ -86,6 +87,7 @@ def full(vocab: int, compressed_vocab: int) -> ModelConfig:
         moe_intermediate_size=48,
         num_experts=8,
         experts_per_token=2,
+        rope_theta=100.0,
         dtype="bfloat16",
         engram=replace(ENGRAM, buckets=1500, compressed_vocab=compressed_vocab),
         reasoning=Reasoning(layers=2, steps=4, intermediate_size=384),

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from training.model import Block, CausalLM, LatentAttention
 from v4export.config import ModelConfig
 
+#: How large embeddings are at the start, and what reasoning layers add, as part of what layers add otherwise. Every step
+#: adds an embedding to the thought: with small ones, thoughts begin as little more than the hidden states that they
+#: start from, and have nothing to unlearn.
+EMBEDDED, ADDED = 0.1, 0.3
 #: Keys and values of some tokens or steps.
 Memory = tuple[Tensor, Tensor]
 
@@ -72,6 +76,12 @@ class ReasoningLayer(Block):
 
     attention = ThoughtAttention
 
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        with torch.no_grad():
+            for matrix in (self.self_attn.o_proj, self.mlp.down_proj):
+                matrix.weight.mul_(ADDED)
+
     def remember(self, trunk_BSD: Tensor) -> Memory:
         """Keys and values of a sequence's tokens, from the model's last hidden states."""
         return self.self_attn.keys_and_values(self.input_layernorm(trunk_BSD), torch.arange(trunk_BSD.shape[1]))
@@ -103,7 +113,7 @@ class Reasoning(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         own, width = config.thinker, config.hidden_size
-        self.start_embedding, self.end_embedding = (nn.Parameter(torch.randn(width)) for _ in range(2))
+        self.start_embedding, self.end_embedding = (nn.Parameter(EMBEDDED * torch.randn(width)) for _ in range(2))
         self.layers = nn.ModuleList(ReasoningLayer(own, layer) for layer in range(own.num_layers))
         self.talk_head = talk_head(width)
 
@@ -115,6 +125,7 @@ class ThinkingLM(CausalLM):
         super().__init__(config, rows)
         assert config.reasoning
         self.steps = config.reasoning.steps
+        nn.init.normal_(self.model.embed_tokens.weight, std=EMBEDDED)
         self.model.reasoning = Reasoning(config)
 
     def think(

@@ -58,5 +58,4 @@ class Linear(nn.Module):
 
     def in_float32(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> float32 [..., out], the product in float32 whatever the activations' type."""
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(x.float(), self.matrix().float(), bias)
+        return nn.functional.linear(x.float(), self.matrix().float())

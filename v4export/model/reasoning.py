@@ -111,7 +111,7 @@ class ReasoningLayer(Block):
 
 
 class TalkHead(nn.Sequential):
-    """How much of a thought helps, judged from the plain hidden state and the thought's; float32."""
+    """How much of a thought helps, judged from the plain hidden state and the thought's."""
 
     def __init__(self, width: int, storage: Storage):
         plain = {"storage": storage, "plain": True}
@@ -125,10 +125,7 @@ class TalkHead(nn.Sequential):
 
     def forward(self, both_MC: Tensor) -> Tensor:
         """[M, 2D] -> float32 [M]."""
-        x = both_MC
-        for part in self:
-            x = part.in_float32(x) if isinstance(part, Linear) else part(x)
-        return x.squeeze(-1)
+        return super().forward(both_MC).squeeze(-1).float()
 
 
 class Reasoning(nn.Module):

@@ -29,8 +29,8 @@ _SMALLEST = 1e-30
 
 
 def thought_boundaries(config: ModelConfig) -> int:
-    """How many boundaries thoughts have: start, tokens, weight and logits; of each layer its rows and its output."""
-    return 4 + 2 * config.reasoning.layers if config.reasoning and config.thinks else 0
+    """How many boundaries thoughts have: start and each layer's rows; in each form layers, tokens, weight, logits."""
+    return 1 + config.reasoning.layers + 2 * (config.reasoning.layers + 3) if config.reasoning and config.thinks else 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _One:
     """Thoughts about one sequence, in one form.
 
     Attributes:
-        name: of the sequence and the form.
+        name: of the sequence.
         trunk: what they start from, [n, D].
         at: positions of the tokens they are about, int64 [1, n].
         rows: of the sequence, by layer, [1, T, W].
@@ -84,24 +84,28 @@ class ThoughtComparison:
         self.config, self.precision, self.recordings = config, precision, recordings
         (self.head, self.exact), self.shared, self.free = heads, shared, free
         self.layers = range(config.num_layers, config.state_layers)
-        self.thoughts = [one for i, r in enumerate(recordings) for one in self._of(i, r)]
         self.norm = tolerance.Path("norm", 1, config.hidden_size, 0)
 
     def run(self) -> Iterator[Boundary]:
         """Boundaries, one after another."""
         yield self._start()
         yield from map(self._rows, self.layers)
-        yield from (self._layer(j) for j in range(len(self.layers)))
-        yield self._tokens()
-        yield self._weight()
-        yield self._logits()
+        # Each form by itself: a defect of one alone would be diluted in the mean of both.
+        for looped in (False, True):
+            thoughts = [self._one(i, r, looped) for i, r in enumerate(self.recordings)]
+            form = ", looped" if looped else ""
+            for j in range(len(self.layers)):
+                yield self._layer(f"reasoning {j}{form}", thoughts, j)
+            yield self._tokens(f"thought tokens{form}", thoughts)
+            yield self._weight(f"thought weight{form}", thoughts)
+            yield self._logits(f"thought logits{form}", thoughts)
 
-    def _of(self, i: int, r: Recording) -> Iterator[_One]:
+    def _one(self, i: int, r: Recording, looped: bool) -> _One:
         assert r.trunk is not None
         rows = [torch.from_numpy(r.state[layer, "latent"])[None] for layer in self.layers]
         trunk, at = torch.from_numpy(r.trunk), len(r.before) + torch.arange(len(r.tokens))[None]
-        for one in r.thinking:
-            yield _One(f"sequence {i}{', looped' if one.looped else ''}", trunk, at, rows, one)
+        (thinking,) = [one for one in r.thinking if one.looped == looped]
+        return _One(f"sequence {i}", trunk, at, rows, thinking)
 
     def _collapsed(self, head: ThinkingHead, shared: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return head.collapsed(*(shared[name] for name in head_reads(self.config) if name != "logits_at"))
@@ -113,7 +117,7 @@ class ThoughtComparison:
         found = [torch.from_numpy(r.trunk) for r in self.recordings if r.trunk is not None]
         limits = [tolerance.CONFIDENCE * self._error(paths) * w.norm(dim=-1) for w in wanted]
         derivation = "; ".join(p.derivation(self.precision) for p in paths) or "exact: the last layer's hidden states"
-        return judge("thoughts start", found, wanted, limits, derivation)
+        return judge("thought start", found, wanted, limits, derivation)
 
     def _rows(self, layer: int) -> Boundary:
         """What one layer keeps of every token."""
@@ -128,7 +132,7 @@ class ThoughtComparison:
         limits = [error * w.norm(dim=-1) for w in wanted]
         return judge(f"reasoning {j} latent", found, wanted, limits, path.derivation(self.precision))
 
-    def _layer(self, j: int) -> Boundary:
+    def _layer(self, name: str, thoughts: Sequence[_One], j: int) -> Boundary:
         """One layer in every step."""
         c, p = self.config.thinker, self.precision
         block: Block = self.head.reasoning.layers[j]  # type: ignore[assignment]
@@ -136,7 +140,7 @@ class ThoughtComparison:
         paths = block_paths(c, j, longest + self.head.steps)
         errors = Errors.of(paths, p)
         found, wanted, limits = [], [], []
-        for one in self.thoughts:
+        for one in thoughts:
             own: dict[str, torch.Tensor] = {}
             for k in range(1, self.head.steps + 1):
                 x = self._entered(one, k) if j == 0 else one.hidden(k, j - 1)
@@ -149,7 +153,7 @@ class ThoughtComparison:
                 wanted.append(out.hidden)
                 limits.append(allowed(block, x, watch, errors).hidden)
         derivation = "; ".join(path.derivation(p) for path in paths if path.name)
-        return judge(f"reasoning {j}, {self.head.steps} steps", found, wanted, limits, derivation)
+        return judge(name, found, wanted, limits, derivation)
 
     def _entered(self, one: _One, k: int) -> torch.Tensor:
         """What enters a step, rounded as the graph stores it."""
@@ -160,12 +164,12 @@ class ThoughtComparison:
         stored: torch.dtype = getattr(torch, self.precision.activations)
         return (one.before(k) + entering).to(stored).float()
 
-    def _tokens(self) -> Boundary:
+    def _tokens(self, name: str, thoughts: Sequence[_One]) -> Boundary:
         """Which tokens entered: the likeliest, or as good within what rounding explains."""
         path = tolerance.head_path(self.config)
         error = tolerance.CONFIDENCE * path.error(self.precision)
         choices, count = [], 0
-        for one in self.thoughts:
+        for one in thoughts:
             for k in range(2, self.head.steps):
                 taken = torch.from_numpy(one.thinking.tokens[:, k - 2])
                 choices.append((f"{one.name}, step {k}", self._choices(one.before(k), taken, error)))
@@ -173,7 +177,7 @@ class ThoughtComparison:
         wrong = [f"{where}, {line}" for where, c in choices for line in c.wrong]
         evidence = [f"{where}, {line}" for where, c in choices for line in c.evidence]
         derivation = f"exact: {count} tokens, each the likeliest; {path.derivation(self.precision)}"
-        found = Boundary("thoughts tokens", True, 0.0, 0.0, 0.0, 1.0, derivation)
+        found = Boundary(name, True, 0.0, 0.0, 0.0, 1.0, derivation)
         return found.also(shown(wrong), ties=sum(c.ties for _, c in choices), evidence=shown(evidence))
 
     def _choices(self, z_MD: torch.Tensor, taken_M: torch.Tensor, error: float) -> Choices:
@@ -192,40 +196,40 @@ class ThoughtComparison:
                 wrong.append(f"{line}, beyond a near tie by {gap - slack:.2g}")
         return Choices(len(evidence), tuple(wrong), tuple(evidence))
 
-    def _weight(self) -> Boundary:
+    def _weight(self, name: str, thoughts: Sequence[_One]) -> Boundary:
         """How much of each thought is in its prediction."""
         found, wanted, limits = [], [], []
-        for one in self.thoughts:
+        for one in thoughts:
             plain, thought = self.head.norm(one.trunk), self.head.norm(one.before(self.head.steps + 1))
             both = torch.cat([plain, thought], -1)
             found.append(torch.from_numpy(one.thinking.weight)[:, None])
             wanted.append(self.head.reasoning.talk_head(both)[:, None])
             limits.append(self._weight_limit(both))
-        return judge("thoughts weight", found, wanted, limits, self.norm.derivation(self.precision))
+        return judge(name, found, wanted, limits, self.norm.derivation(self.precision))
 
     def _weight_limit(self, both_MC: torch.Tensor) -> torch.Tensor:
-        """Independent errors of the numbers that go in, and of sums in float32, followed through the talk head.
+        """Independent errors of the numbers that go in, of sums, and of what is stored, followed through the talk head.
 
         A number may go in with an error relative to the size of all of them, since norms multiply by one factor.
         """
-        storage = self.norm.error(self.precision)
-        variance_MC = (storage * both_MC).square()
-        x_MC = both_MC
+        stored = tolerance.Path("", 1, 0, 0).error(self.precision)
+        x_MC, variance_MC = both_MC, (self.norm.error(self.precision) * both_MC).square()
         for part in self.head.reasoning.talk_head:
             if isinstance(part, Linear):
                 square = part.matrix().float().square()
-                rounding = tolerance.ACCUMULATE**2 / 3 * square.shape[1] * (x_MC.square() @ square.T)
-                variance_MC, x_MC = variance_MC @ square.T + rounding, part.in_float32(x_MC)
+                summed = tolerance.ACCUMULATE**2 / 3 * square.shape[1] * (x_MC.square() @ square.T)
+                x_MC = part(x_MC)
+                variance_MC = variance_MC @ square.T + summed + (stored * x_MC).square()
             else:
                 x_MC = part(x_MC)
         return tolerance.CONFIDENCE * variance_MC[:, 0].sqrt()
 
-    def _logits(self) -> Boundary:
+    def _logits(self, name: str, thoughts: Sequence[_One]) -> Boundary:
         """The mixed predictions, mixed by the graph's own weights."""
         path = tolerance.head_path(self.config)
         error = tolerance.CONFIDENCE * math.hypot(path.error(self.precision), self.norm.error(self.precision))
         found, wanted, limits = [], [], []
-        for one in self.thoughts:
+        for one in thoughts:
             plain, thought = self.head.norm(one.trunk), self.head.norm(one.before(self.head.steps + 1))
             weight = torch.from_numpy(one.thinking.weight)[:, None]
             parts = ((1 - weight) * plain, weight * thought)
@@ -235,19 +239,19 @@ class ThoughtComparison:
             found.append(torch.from_numpy(one.thinking.logits))
             wanted.append(self.head.logits(mixed))
             limits.append(error * size / mixed.norm(dim=-1).clamp_min(_SMALLEST) * wanted[-1].norm(dim=-1))
-        return judge("thoughts logits", found, wanted, limits, path.derivation(self.precision)).also(
-            carried=max(self._carried(i, r) for i, r in enumerate(self.recordings))
-        )
+        carried = max(self._carried(i, one.thinking) for i, one in enumerate(thoughts))
+        return judge(name, found, wanted, limits, path.derivation(self.precision)).also(carried=carried)
 
-    def _carried(self, i: int, r: Recording) -> float:
+    def _carried(self, i: int, thinking: Thinking) -> float:
         """How far the graph's thoughts are from those of the free-running reference, which may think other tokens."""
-        free, position = self.free[i], torch.tensor([len(r.before)])
+        r, free = self.recordings[i], self.free[i]
+        position = torch.tensor([len(r.before)])
         new = self.exact.rows(free["hidden"], position, free.get("pre"))
         held = [torch.from_numpy(r.held[layer, "latent"])[None] for layer in self.layers]
         latents = [torch.cat(pair, 1) for pair in zip(held, new, strict=True)]
         at = len(r.before) + torch.arange(len(r.tokens))[None]
         thought = self.exact.think(self._collapsed(self.exact, free)[None], at, *latents)
-        return max(relative(torch.from_numpy(one.logits), thought.logits[0]) for one in r.thinking)
+        return relative(torch.from_numpy(thinking.logits), thought.logits[0])
 
     def _error(self, paths: Sequence[Any]) -> float:
         """Of independent errors, relative to what comes out."""

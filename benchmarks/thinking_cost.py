@@ -38,7 +38,7 @@ def model() -> ModelConfig:
 
 
 def floors(config: ModelConfig, steps: int) -> tuple[float, float]:
-    """Least cost of a token with a thought over one without: by passes through layers, and by bytes of weights."""
+    """A token with a thought over one without, by passes through layers, and by bytes of weights."""
     parts = parameter_counts(config)
     head = config.vocab_size * config.hidden_size
     more = steps * parts.by_part["reasoning_layers"] + parts.by_part["reasoning_head"] + (1 + max(0, steps - 2)) * head
@@ -67,7 +67,7 @@ def costs(hub: Path, folder: Path, device: str) -> list[str]:
     """A row for each number of steps."""
     lines = [
         row("steps", "plain step, ms", "thought, ms: unrolled", "looped", "unrolled: a token over a plain one",
-            "floor by passes, 1 + K r/L", "floor by bytes"),
+            "1 + K r/L passes", "bytes of weights over plain ones"),
         row(*["---"] * 7),
     ]  # fmt: skip
     for steps in STEPS:
@@ -92,7 +92,7 @@ def engines(folder: Path) -> list[str]:
     lines = [row("steps", "form", "seconds to build", "MiB", "of them weights", "layers"), row(*["---"] * 6)]
     for steps in STEPS:
         out = folder / f"small-{steps}"
-        api.export(hub, out, precision="bf16", think_steps=steps, max_seq_len=4096)
+        api.export(hub, out, precision="bf16", think_steps=steps, max_seq_len=2048)
         found = api.engine(out, EngineOptions(targets=["sm89"]))
         for form, names in (("unrolled", [THINKING]), ("step and mix", [THINKING_STEP, THINKING_MIX])):
             reports = [found[name] for name in names]

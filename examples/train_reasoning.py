@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import sys
@@ -78,7 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step (default: 4)")
     parser.add_argument("--files", type=int, metavar="N", help="take no more than N files, to try this out")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and positions (default: 0)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="(default: all)")
+    parser.add_argument("--threads", type=int, default=1, help="more bring little at these sizes (default: 1)")
     parser.add_argument(
         "--control", action="store_true", help="also train the model alone on the tokens of both trainings"
     )
@@ -88,7 +87,10 @@ def arguments() -> argparse.Namespace:
 
 
 def phases(asked: argparse.Namespace) -> tuple[Training, Training]:
-    """The model alone; then thoughts, and where the model is not to change, its routers do not either."""
+    """The model alone; then thoughts, and where the model is not to change, its routers do not either.
+
+    Together, the two share embedding, norm and head, and the model itself loses more than its thoughts bring.
+    """
     alone = Training(asked.tokens, window=asked.window, batch=asked.batch, measurements=4)
     return alone, replace(alone, tokens=asked.more_tokens, balance=alone.balance * asked.together)
 
@@ -197,9 +199,8 @@ def main() -> None:
     print(table(found["held_out"], result.config.reasoning.threshold))
     if asked.control:
         found["control"] = asdict(control(text, asked))
-        print(
-            f"\nThe same model trained alone on the tokens of both trainings: {found['control']['losses'][-1]:.4f} nats a token"
-        )
+        end = found["control"]["losses"][-1]
+        print(f"\nThe same model trained alone on the tokens of both trainings: {end:.4f} nats a token")
     content = json.dumps(found, indent=1) + "\n"
     if asked.json:
         asked.json.write_text(content, encoding="utf-8")

@@ -2,19 +2,31 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from v4export import presets
 from v4export.checkpoint.count import parameter_counts
 from v4export.config import CSA, HCA, WINDOW, Fp8Blocks, Indexer, Reasoning
+from v4export.config.readers import read_config
 from v4export.errors import BadInput
 
 PUBLISHED = ["deepseek-v2-lite", "deepseek-v3", "deepseek-v3.1", "kimi-k2"]
 V41 = ["deepseek-v4.1-flash"]
 OWN = ["v4-1t", "v4-lite"]
 V4 = [f"deepseek-v4-{name}" for name in ("flash", "flash-0731", "flash-base", "pro", "pro-0813", "pro-base")]
-TINY = ["tiny-kimi-k2", "tiny-v2-lite", "tiny-v3", "tiny-v3.1", "tiny-v3.2", "tiny-v4", "tiny-v4-fp4", "tiny-v4.1"]
+TINY = [
+    "tiny-kimi-k2",
+    "tiny-v2-lite",
+    "tiny-v3",
+    "tiny-v3.1",
+    "tiny-v3.2",
+    "tiny-v4",
+    "tiny-v4-fp4",
+    "tiny-v4.1",
+    "tiny-v4x",
+]
 LARGE = {
     "tiny-kimi-k2": "kimi-k2",
     "tiny-v4": "deepseek-v4-flash",
@@ -27,6 +39,11 @@ def test_names():
     assert {*PUBLISHED, *TINY, *V4, *V41, *OWN, "deepseek-v3.2"} == {*presets.names()}
     assert presets.names() == sorted(presets.names())
     assert all(presets.load(name).num_layers for name in presets.names())
+
+
+def test_the_example_that_thinks_is_a_preset():
+    example = Path(__file__).parents[1] / "examples" / "tiny-v4x"
+    assert read_config(example) == presets.load("tiny-v4x")
 
 
 def test_unknown_name():

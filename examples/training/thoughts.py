@@ -1,8 +1,8 @@
-"""Native reasoning layers in a form that can be trained: thoughts, and how what follows them is scored.
+"""Native reasoning layers in a form that can be trained: thoughts, and the predictions behind them.
 
 The numbers are those of ``v4export/model/reasoning.py``, and parameters have the names of a checkpoint, below
-``model.reasoning.``. Training follows Quiet-STaR (arXiv 2403.09629, sections 4.2 to 4.4): thoughts about several
-positions side by side, the true tokens that follow each fed on behind it, and every mixed prediction scored.
+``model.reasoning.``. As in Quiet-STaR (arXiv 2403.09629, sections 4.2 to 4.4), there are thoughts about several
+positions side by side, and the true tokens that follow each may be fed on behind it. ``look_ahead.py`` has the loss.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from training.model import Block, CausalLM, LatentAttention
 from v4export.config import ModelConfig
 
-#: How large embeddings are at the start, and what reasoning layers add, as part of what layers add otherwise. Every step
-#: adds an embedding to the thought: with small ones, thoughts begin as little more than the hidden states that they
-#: start from, and have nothing to unlearn.
+#: How large embeddings are at the start, and what reasoning layers add, as a part of what other layers do. Every step
+#: adds an embedding to the thought: where those are small, a thought begins as little more than the hidden state that
+#: it starts from, and has nothing to unlearn.
 EMBEDDED, ADDED = 0.1, 0.3
 #: Keys and values of some tokens or steps.
 Memory = tuple[Tensor, Tensor]

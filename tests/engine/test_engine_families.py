@@ -122,8 +122,16 @@ def test_engines_of_thoughts(tmp_path, precision):
         assert (out / report.path).stat().st_size == report.bytes and report.path == Path(name).with_suffix(".engine")
         proofs = dict(report.proofs)
         assert {claim.rpartition(" ")[2] for claim in proofs if "stored as" in claim} == STORED[precision]
-        # TensorRT widens the talk head beforehand; another copy of a layer's weights would take half of all layers'.
+        # Another copy of a layer's weights would take half of all layers'.
         stored, layers = bytes_of(out / name), bytes_of(out / name, ".reasoning.layers.")
-        widened = 0 if precision == "fp32" else bytes_of(out / name, ".talk_head.")
-        assert stored <= report.weights_mib * 2**20 < 1.02 * (stored + widened), name
-        assert name not in (THINKING, THINKING_STEP) or 1.02 * (stored + widened) < stored + layers / 2
+        assert stored <= report.weights_mib * 2**20 < 1.02 * stored, name
+        assert name not in (THINKING, THINKING_STEP) or 1.02 * stored < stored + layers / 2
+
+
+def test_engines_of_thoughts_whose_steps_would_share_fp8(tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path / "out"
+    api.export(synth(replace(THINKS, reasoning=Reasoning(1, 2)), tmp_path / "hub"), out, precision="fp8")
+    reports = api.engine(out, EngineOptions(targets=["sm89"], backend="tensorrt_rtx", max_chunk=CHUNK))
+    found = {name: report.precision for name, report in reports.items()}
+    assert found == {PORTABLE: "fp8", THINKING_STEP: "fp8", THINKING_MIX: "bf16"}

@@ -234,5 +234,5 @@ def to_hub_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _is_absent(config: ModelConfig, name: str) -> bool:
-    """Whether a dotted field is one of something that the model does not have."""
-    return "." in name and _field(config, name.split(".")[0]) is None
+    """Whether a dotted field is one of something that the model does not have, or is not given."""
+    return "." in name and _field(config, name) is None

@@ -16,11 +16,12 @@ TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 help:  ## Show what there is to make.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
 
+# Modules are compiled as they are first imported, which few of all that are installed are.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e '.[cpu,rtx,test]'
+	$(BIN)/pip install --quiet --no-compile "$(TORCH)"
+	$(BIN)/pip install --quiet --no-compile -e '.[cpu,rtx,test]'
 	@touch $@
 
 demo: $(READY)  ## Build the example checkpoint to fp8 with an engine, generate some Python, show the report.

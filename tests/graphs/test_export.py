@@ -213,3 +213,12 @@ def test_graphs_of_a_model_that_thinks_read_the_same_bytes(thinking):
     talk = {f"model.reasoning.talk_head.{i}.weight" for i in (0, 2, 4)}
     assert talk <= places.keys() and len({*external(load(thinking.folder, THINKING_MIX))} - talk) == 2 + 2
     assert places.keys() == audit(Checkpoint.open(thinking.source), scan_values=False).weights.keys()
+
+
+def test_the_largest_design_points_at_all_of_its_weights(tmp_path):
+    config = presets.load("v4-1t").first_layers(2)
+    hub = synth(replace(config, left_out_layers=0), tmp_path / "hub", sparse=True)
+    built = api.export(hub, tmp_path / "out", precision="bf16", think_steps=2, scan_values=False)
+    assert built.graphs.written_bytes == 0 and built.graphs.pointed_bytes > 20e9 and built.graphs.beside_bytes > 200e9
+    assert built.graphs.lint.experts_referenced == 3 * 288
+    assert {THINKING, THINKING_STEP, THINKING_MIX} <= {*built.graphs.files}

@@ -36,7 +36,7 @@ LARGE = {
 
 
 def test_names():
-    assert {*PUBLISHED, *TINY, *V4, *V41, *OWN, "deepseek-v3.2"} == {*presets.names()}
+    assert {*PUBLISHED, *TINY, *V4, *V41, *OWN, "tiny-v4x", "deepseek-v3.2"} == {*presets.names()}
     assert presets.names() == sorted(presets.names())
     assert all(presets.load(name).num_layers for name in presets.names())
 

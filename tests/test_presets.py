@@ -25,7 +25,6 @@ TINY = [
     "tiny-v4",
     "tiny-v4-fp4",
     "tiny-v4.1",
-    "tiny-v4x",
 ]
 LARGE = {
     "tiny-kimi-k2": "kimi-k2",

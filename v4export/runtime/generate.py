@@ -162,7 +162,8 @@ def generate(
                 "shorten the prompt, or build with a larger --max-seq-len",
             )
     if skip_decoder and executor.tail is None:
-        raise NotSupported("this model has no decoder that prompts could skip", fix="leave --skip-decoder out")
+        why = "it has none, or reasoning layers, which need the last hidden states of every token"
+        raise NotSupported("this model has no decoder that prompts could skip", why, "leave --skip-decoder out")
     most = [min(max_new_tokens, executor.max_seq_len - len(prompt) + 1) for prompt in prompts]
     return _loop(executor, prompts, most, sampler, stop_ids, chunk, skip_decoder, pausing)
 

@@ -18,15 +18,8 @@ from v4export.package.bundle import Bundle
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Files whose few tests take minutes.
-LONG = {"test_docs.py", "test_engine_families.py", "test_v4_end_to_end.py"}
 #: Where a trained checkpoint may lie: in the repository, or beside it.
 TRAINED = (ROOT / "examples" / "tiny-v3", ROOT.parent / "shared" / "checkpoints" / "tiny-v3")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Few and long tests first, lest one process runs them at the end while the others have nothing left to do."""
-    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session", autouse=True)

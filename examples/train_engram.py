@@ -50,14 +50,7 @@ def figures(
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "corpus": {
-            "train_files": text.files[0],
-            "held_out_files": text.files[1],
-            "train_tokens": text.train[:, 1:].size,
-            "held_out_tokens": text.held_out[:, 1:].size,
-            "held_out_bytes": text.held_out_bytes,
-            "compressed_vocab": text.compressed_vocab,
-        },
+        "corpus": text.counts | {"held_out_bytes": text.held_out_bytes, "compressed_vocab": text.compressed_vocab},
         "training": asdict(options) | {"steps": options.steps},
         "engram": next((asdict(config.engram) for config in models.values() if config.engram), None),
         "models": {name: asdict(one) for name, one in sizes.items()},
@@ -112,7 +105,7 @@ def main() -> None:
     every = configs(text.compressed_vocab)
     models: dict[str, ModelConfig] = {name: every[name] for name in asked.models}
     sizes = {name: size(build(config)) for name, config in models.items()}
-    print(f"{text.train[:, 1:].size:,} tokens to train on, {text.held_out[:, 1:].size:,} held out", file=sys.stderr)
+    print(text.summary, file=sys.stderr)
     results = side_by_side(text, models, range(asked.seeds), options, asked.workers)
     runs = {name: [run for run, _ in several] for name, several in results.items()}
     print(table(text, sizes, runs))

@@ -163,13 +163,7 @@ def figures(text: Corpus, asked: argparse.Namespace, result: Trained, seconds: f
         "command": shlex.join(["python", "examples/train_reasoning.py", *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "corpus": {
-            "train_files": text.files[0],
-            "held_out_files": text.files[1],
-            "train_tokens": text.train[:, 1:].size,
-            "held_out_tokens": text.held_out[:, 1:].size,
-            "judged_tokens": len(result.judged.plain),
-        },
+        "corpus": text.counts | {"judged_tokens": len(result.judged.plain)},
         "parameters": sum(one.numel() for one in result.model.parameters()),
         "reasoning_parameters": sum(one.numel() for one in thinker.parameters()),
         "reasoning": asdict(chosen),
@@ -192,7 +186,7 @@ def main() -> None:
     if asked.files:
         files = Text(files.train[: asked.files], files.held_out[: max(1, asked.files // 20)])
     text = corpus(files, asked.window, VOCAB)
-    print(f"{text.train[:, 1:].size:,} tokens to train on, {text.held_out[:, 1:].size:,} held out", file=sys.stderr)
+    print(text.summary, file=sys.stderr)
     result = trained(text, asked)
     found = figures(text, asked, result, time.perf_counter() - start)
     assert result.config.reasoning

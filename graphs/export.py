@@ -58,11 +58,11 @@ def engine_precisions(folder: Path, precision: Precision) -> dict[str, str]:
     TensorRT-RTX 1.7 joins gate and up projections and fails where they are FP8 blocks that several steps of a thought
     share; with those, thoughts are looped. What a thought comes to is computed by matrices that are never quantised.
     """
-    thinks = "fp8" if precision.fp8 else precision.name  # no experts think
-    found = dict.fromkeys(graphs_in(folder), precision.name)
-    found |= {name: thinks for name in found.keys() & {THINKING, THINKING_STEP}}
-    found |= {name: precision.unquantised for name in found.keys() & {THINKING_MIX}}
-    return {name: one for name, one in found.items() if name != THINKING or not precision.fp8}
+    apart: dict[str, str | None] = {THINKING_MIX: precision.unquantised}
+    if precision.fp8:
+        apart |= {THINKING: None, THINKING_STEP: "fp8"}  # no experts think, so nothing is FP4
+    found = {name: apart.get(name, precision.name) for name in graphs_in(folder)}
+    return {name: one for name, one in found.items() if one}
 
 
 @dataclass(frozen=True)

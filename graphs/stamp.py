@@ -154,8 +154,7 @@ class _Stamper:
         for j, value in enumerate(rows.values()):
             (tensor,) = state_tensors(self.config, self.config.num_layers + j)
             value.name = new_state_name(self.config.num_layers + j, tensor.name)
-            value.shape = ir.Shape(["B", tensor.returned_dim, tensor.width])
-            self.new_state.append(value)
+            self._returns(tensor, value)
 
     def thinking(self, name: str) -> ir.Model:
         """One of the graphs of thoughts: a part by itself. What it returns of an input is called ``new_`` that."""
@@ -222,10 +221,14 @@ class _Stamper:
         for name, value in out.items():
             value.name = _NAMES.get(name, functools.partial(new_state_name, tensor=name))(layer)
             if name in by_name:
-                value.shape = ir.Shape(["B", by_name[name].returned_dim, by_name[name].width])
-                self.new_state.append(value)
+                self._returns(by_name[name], value)
         shares = block_shares(self.config, layer) if kind != ENTRIES else {}
         known |= {name: (out | held)[own] for name, own in shares.items()}
+
+    def _returns(self, tensor: StateTensor, rows: ir.Value) -> None:
+        """New rows of a state tensor are an output."""
+        rows.shape = ir.Shape(["B", tensor.returned_dim, tensor.width])
+        self.new_state.append(rows)
 
     def _model(self, outputs: Sequence[ir.Value]) -> ir.Model:
         functions = portable_bodies(self.nodes)

@@ -170,6 +170,7 @@ def test_options_that_cannot_be(capfd, sound, place, options, code, words):
     assert_explained(call(capfd, "build", sound, "-o", place / "out", *options), *words, code=code)
 
 
+@pytest.mark.slow
 def test_float16_overflow(capfd, checkpoint, place):
     checkpoint.value("model.embed_tokens.weight", 1e9)
     found = call(capfd, "export", checkpoint.folder, "-o", place / "out", "--precision", "fp16")

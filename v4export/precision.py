@@ -42,7 +42,7 @@ class Precision:
     @property
     def unquantised(self) -> str:
         """Name of the precision with the same activations whose matrices have their type."""
-        return _BY_ACTIVATIONS[self.activations]
+        return next(p.name for p in PRECISIONS.values() if p.activations == self.activations and not p.fp8)
 
     def weight_dtype(self, role: str) -> str:
         """dtype a weight of this role is stored in."""
@@ -53,7 +53,6 @@ class Precision:
         return "float8_e4m3fn" if self.fp8 and role in MATRIX_ROLES else self.activations
 
 
-_BY_ACTIVATIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 PRECISIONS = {
     p.name: p
     for p in (

@@ -43,6 +43,21 @@ class Corpus:
     held_out_bytes: int
     files: tuple[int, int]
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Files and tokens, to train on and held out."""
+        return {
+            "train_files": self.files[0],
+            "held_out_files": self.files[1],
+            "train_tokens": self.train[:, 1:].size,
+            "held_out_tokens": self.held_out[:, 1:].size,
+        }
+
+    @property
+    def summary(self) -> str:
+        """The same in words."""
+        return f"{self.counts['train_tokens']:,} tokens to train on, {self.counts['held_out_tokens']:,} held out"
+
     def bits_per_byte(self, nats_per_token: float) -> float:
         """Of held-out text."""
         return nats_per_token * self.held_out[:, 1:].size / self.held_out_bytes / math.log(2)

@@ -63,19 +63,16 @@ def test_damage_fails_where_it_is(exported, tmp_path, precision, name):
     assert raised.value.exit_code == 1 and raised.value.summary == found.summary()
 
 
-#: Preset -> its damages, and those that quick tests look at.
-NEWER = {
-    "tiny-v4": (corruptions_v4.V4, {"no inverse rotation", "comb not transposed", "one entry less selected"}),
-    "tiny-v3.2": (corruptions_v4.V32, {"index rotations in pairs"}),
-}
+#: Preset -> its damages.
+NEWER = {"tiny-v4": corruptions_v4.V4, "tiny-v3.2": corruptions_v4.V32}
 NEWER_RUNS = [
-    pytest.param(preset, precision, name, marks=() if precision == "fp32" and name in quick else pytest.mark.slow)
-    for preset, (cases, quick) in NEWER.items()
+    (preset, precision, name)
+    for preset, cases in NEWER.items()
     for name, case in cases.items()
     for precision in case.precisions
 ]
 NEWER_SOUND = [
-    pytest.param(preset, precision, marks=() if precision == "fp32" else pytest.mark.slow)
+    (preset, precision)
     for preset, precisions in {
         "tiny-v4": ("fp32", "fp16", "bf16", "fp8"),
         "tiny-v4-fp4": ("mxfp4",),
@@ -91,6 +88,7 @@ def assert_room(boundaries):
         assert 0 < boundary.mean * 1.3 < boundary.mean_limit, boundary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "precision"), NEWER_SOUND)
 def test_sound_bundles_of_v3_2_and_v4_pass_with_room(random_bundle, preset, precision):
     bundle = random_bundle(preset, precision)
@@ -109,10 +107,11 @@ def test_sound_bundles_of_v3_2_and_v4_pass_with_room(random_bundle, preset, prec
         assert names[5:10] == [f"layer 1 csa {t}" for t in ("keys", "entry", "open", "index_key", "index_open")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "precision", "name"), NEWER_RUNS)
 def test_damage_to_v3_2_and_v4_fails_where_it_is(random_bundle, tmp_path, preset, precision, name):
     damaged = Damaged(random_bundle(preset, precision).folder, tmp_path / "damaged")
-    case = NEWER[preset][0][name]
+    case = NEWER[preset][name]
     case.damage(damaged)
     damaged.save()
     found = api.verify(damaged.folder, decode=8)

@@ -55,7 +55,7 @@ def checked(random_checkpoint: Callable[[str], Path]) -> Checked:
     return Checked(random_checkpoint("tiny-v4.1"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_sound_model_passes(checked: Checked, precision: str) -> None:
     boundaries = checked.compare(checked.executor(precision), precision)
     assert all(b.ok for b in boundaries), [b for b in boundaries if not b.ok]
@@ -155,6 +155,7 @@ DAMAGES: dict[str, tuple[Callable[[EagerExecutor], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_fails_where_it_is(checked: Checked, name: str, precision: str) -> None:

@@ -208,6 +208,11 @@ class ThinkingHead(Head):
         logits, weight = self._mix(trunk_BQD.flatten(0, 1), thought_BQD.flatten(0, 1))
         return logits.unflatten(0, shape), weight.unflatten(0, shape)
 
+    def shared(self, thought_at_BQ: Tensor, k: int) -> dict[str, Tensor]:
+        """What layers read in step k, besides hidden states and rows."""
+        cos, sin = angles(self.rotation, self.width, thought_at_BQ.reshape(-1) + k, 1)
+        return {"thought_at": thought_at_BQ, "cos.main": cos, "sin.main": sin}
+
     def token(self, z_MD: Tensor) -> Tensor:
         """The token that is thought next, int64 [M]."""
         return self.logits(self.norm(z_MD)).argmax(-1)
@@ -228,8 +233,7 @@ class ThinkingHead(Head):
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """One step through all layers: hidden states after each, and the thoughts' rows with this step's."""
         k = 1 + (own[0]["own"].shape[0] if own[0] else 0)
-        cos, sin = angles(self.rotation, self.width, at_BQ.reshape(-1) + k, 1)
-        shared = {"thought_at": at_BQ, "cos.main": cos, "sin.main": sin}
+        shared = self.shared(at_BQ, k)
         hidden, rows = [], []
         for layer, latent, before in zip(self._layers(), latents, own, strict=True):
             out = layer(x_MD, shared, {"latent": latent, **before})

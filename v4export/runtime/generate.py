@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from v4export.errors import BadInput, NotSupported
-from v4export.runtime.pausing import Pause, Pausing, Thought, paused
+from v4export.runtime.pausing import Pause, Pausing, Thinks, paused
 from v4export.runtime.sampling import Sampler, Sampling
 from v4export.runtime.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ _SHORTEST_S = 1e-9  # the clock's step; keeps a rate finite
 Coming = tuple[np.ndarray, np.ndarray | None]
 
 
-class Executor(Protocol):
+class Executor(Thinks, Protocol):
     """What runs the graph.
 
     Attributes:
@@ -72,9 +72,6 @@ class Executor(Protocol):
         coming: Coming | None = None,
     ) -> None:
         """The same without the decoder, and so without logits; only where there is a ``tail``."""
-
-    def think(self, trunk_BQD: np.ndarray, state: Any, *, steps: int | None = None) -> Thought:
-        """Thinks about the last token of each row; only of a model that thinks. The state stays as it is."""
 
 
 @dataclass(frozen=True)

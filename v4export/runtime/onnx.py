@@ -139,14 +139,7 @@ class OnnxExecutor:
         steps: int | None = None,
         looped: bool = False,
     ) -> Thought:
-        """Think about positions that the state holds; nothing of it is kept.
-
-        Args:
-            trunk_BQD: ``trunk`` of the step that had them.
-            state: read alone.
-            at_BQ: the positions, int64; each sequence's last one unless given.
-            steps: of a thought; as many as the model was exported for unless given.
-            looped: run a step at a time where the unrolled graph has as many steps.
+        """Think about positions that the state holds; arguments as for ``Thinks.think``.
 
         Raises:
             BadInput: the model does not think, or was not exported for so many steps.

@@ -102,12 +102,7 @@ class Pausing:
             return cls(**rest)
         if not asked.isdecimal():
             raise BadInput("--think is not understood", f"--think {asked}", "give a number of steps, auto or off")
-        if not 1 <= int(asked) <= stored["steps"]:
-            raise BadInput(
-                f"a thought of {asked} steps cannot be had",
-                f"the model was exported for 1 to {stored['steps']}",
-                "give --think K within that, auto or off; or export with --think-steps K",
-            )
+        check_steps(asked, stored["steps"])
         return cls(steps=int(asked), always=True, **rest)
 
     def wanted(self, logits_BV: np.ndarray) -> np.ndarray:
@@ -117,11 +112,37 @@ class Pausing:
         return _TESTS[self.confidence](_probabilities(logits_BV), self.threshold)
 
 
-class Thinks(Protocol):
-    """An executor as far as thoughts are concerned."""
+def check_steps(steps: int | str, most: int) -> None:
+    """Raises BadInput for a thought of fewer steps than one, or of more than the model was exported for."""
+    if not 1 <= int(steps) <= most:
+        raise BadInput(
+            f"a thought of {steps} steps cannot be had",
+            f"the model was exported for 1 to {most}",
+            "give --think K within that, auto or off; or export with --think-steps K",
+        )
 
-    def think(self, trunk_BQD: np.ndarray, state: Any, *, steps: int | None = None) -> Thought:
-        """Thinks about the last token of each row."""
+
+class Thinks(Protocol):
+    """An executor as far as thoughts are concerned; only of a model that thinks is it asked for any."""
+
+    def think(
+        self,
+        trunk_BQD: np.ndarray,
+        state: Any,
+        *,
+        at_BQ: np.ndarray | None = None,
+        steps: int | None = None,
+        looped: bool = False,
+    ) -> Thought:
+        """Thinks about positions that the state holds, which stays as it is.
+
+        Args:
+            trunk_BQD: ``trunk`` of the step that had them.
+            state: from ``new_state``.
+            at_BQ: the positions, int64; the last token of each row unless given.
+            steps: of a thought; as many as the model was exported for unless given.
+            looped: run a step at a time where the unrolled graph has as many steps.
+        """
 
 
 def paused(

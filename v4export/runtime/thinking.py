@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from v4export.config import ModelConfig
-from v4export.errors import BadInput
 from v4export.graphs.export import THINKING, THINKING_MIX, THINKING_STEP
-from v4export.runtime.pausing import Thought
+from v4export.runtime.pausing import Thought, check_steps
 from v4export.runtime.sessions import Running, Session
 
 
@@ -55,12 +54,7 @@ class OnnxThinker:
             BadInput: there were to be no steps, or more than the model was exported for.
         """
         steps = self.steps if steps is None else steps
-        if not 1 <= steps <= self.steps:
-            raise BadInput(
-                f"a thought of {steps} steps cannot be had",
-                f"the model was exported for 1 to {self.steps}",
-                "ask for fewer, or export with --think-steps K",
-            )
+        check_steps(steps, self.steps)
         dtype = next(iter(rows.values())).dtype
         given = {"trunk": np.ascontiguousarray(trunk_BQD, dtype), "thought_at": at_BQ, **rows}
         return self._loop(given, steps) if looped or steps < self.steps else self._unrolled(given)
@@ -74,15 +68,17 @@ class OnnxThinker:
 
     def _loop(self, given: dict[str, np.ndarray], steps: int) -> Thought:
         trunk, at_BQ = given.pop("trunk"), given["thought_at"]
-        start = self.config.vocab_size
+        # Behind the vocabulary: what stands for the start of a thought, and for its end.
+        start, end = self.config.vocab_size, self.config.vocab_size + 1
         thought, token_BQ, tokens = trunk, np.full(at_BQ.shape, start), []
         empty = np.zeros((0, *at_BQ.shape, self.config.thinker.latent_dim), trunk.dtype)
         own = {f"own.{j}": empty for j in self.layers}
         hidden: dict[tuple[int, int], np.ndarray] = {}
         for k in range(1, steps + 1):
-            if k > 1:
-                token_BQ = np.full(at_BQ.shape, start + 1) if k == steps else token_BQ
-                tokens += [token_BQ] if k < steps else []
+            if 1 < k < steps:
+                tokens.append(token_BQ)
+            elif k > 1:
+                token_BQ = np.full(at_BQ.shape, end)
             inputs = {**given, **own, "thought": thought, "entering": token_BQ}
             found = self._step().run(inputs, {}, ["new_thought", "token", *(f"new_{name}" for name in own)])
             thought, token_BQ = found["new_thought"], found["token"]

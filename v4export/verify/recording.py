@@ -17,20 +17,9 @@ from v4export.state_contract import state_tensors
 
 
 class TappedExecutor(Executor, Protocol):
-    """An executor that also returns values from inside the graph, and thinks about any positions in either form."""
+    """An executor that also returns values from inside the graph."""
 
     tapped: dict[str, np.ndarray]
-
-    def think(
-        self,
-        trunk_BQD: np.ndarray,
-        state: State,
-        *,
-        at_BQ: np.ndarray | None = None,
-        steps: int | None = None,
-        looped: bool = False,
-    ) -> Thought:
-        """As ``OnnxExecutor.think``."""
 
 
 @dataclass(frozen=True)

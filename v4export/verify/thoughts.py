@@ -17,7 +17,6 @@ from v4export.config import ModelConfig
 from v4export.model.block import Block, head_reads
 from v4export.model.linear import Linear
 from v4export.model.reasoning import ThinkingHead
-from v4export.model.rope import angles
 from v4export.precision import Precision
 from v4export.verify import tolerance
 from v4export.verify.boundary import Boundary, judge, relative, shown
@@ -82,9 +81,12 @@ class ThoughtComparison:
         free: Sequence[Mapping[str, torch.Tensor]],
     ) -> None:
         self.config, self.precision, self.recordings = config, precision, recordings
-        (self.head, self.exact), self.shared, self.free = heads, shared, free
+        (self.head, self.exact), self.shared = heads, shared
         self.layers = range(config.num_layers, config.state_layers)
         self.norm = tolerance.Path("norm", 1, config.hidden_size, 0)
+        self.rows = [self.head.rows(*self._last(one, r)) for one, r in zip(shared, recordings, strict=True)]
+        self.lengths_V = self.head.lm_head.matrix().float().norm(dim=-1)
+        self.free = [self._free(one, r) for one, r in zip(free, recordings, strict=True)]
 
     def run(self) -> Iterator[Boundary]:
         """Boundaries, one after another."""
@@ -124,11 +126,10 @@ class ThoughtComparison:
         j, found, wanted = layer - self.config.num_layers, [], []
         path = tolerance.row_path(self.config.thinker, j, "latent")
         error = tolerance.CONFIDENCE * self._error([path, *tolerance.hyper_paths(self.config)[:2]])
-        for r, shared in zip(self.recordings, self.shared, strict=True):
+        for r, rows in zip(self.recordings, self.rows, strict=True):
             stored = torch.from_numpy(r.state[layer, "latent"])[len(r.before) :]
             found.append(stored[: len(r.tokens)])
-            position = torch.tensor([len(r.before)])
-            wanted.append(self.head.rows(shared["hidden"], position, shared.get("pre"))[j][0])
+            wanted.append(rows[j][0])
         limits = [error * w.norm(dim=-1) for w in wanted]
         return judge(f"reasoning {j} latent", found, wanted, limits, path.derivation(self.precision))
 
@@ -144,10 +145,8 @@ class ThoughtComparison:
             own: dict[str, torch.Tensor] = {}
             for k in range(1, self.head.steps + 1):
                 x = self._entered(one, k) if j == 0 else one.hidden(k, j - 1)
-                cos, sin = angles(self.head.rotation, self.head.width, one.at[0] + k, 1)
-                shared = {"thought_at": one.at, "cos.main": cos, "sin.main": sin}
                 with Watch(block) as watch:
-                    out = block(x, shared, {"latent": one.rows[j], **own})
+                    out = block(x, self.head.shared(one.at, k), {"latent": one.rows[j], **own})
                 own = out.rows
                 found.append(one.hidden(k, j))
                 wanted.append(out.hidden)
@@ -184,11 +183,11 @@ class ThoughtComparison:
         normed = self.head.norm(z_MD)
         logits_MV, wrong, evidence = self.head.logits(normed), [], []
         best_M = logits_MV.argmax(-1)
-        lengths_V = self.head.lm_head.matrix().float().norm(dim=-1)
         for token in (best_M != taken_M).nonzero()[:, 0].tolist():
             best, taken = int(best_M[token]), int(taken_M[token])
             gap = float(logits_MV[token, best] - logits_MV[token, taken])
-            slack = error * float(normed[token].norm() * (lengths_V[best] + lengths_V[taken])) / normed.shape[-1] ** 0.5
+            size = normed[token].norm() * (self.lengths_V[best] + self.lengths_V[taken])
+            slack = error * float(size) / normed.shape[-1] ** 0.5
             line = f"token {token}: thought {taken}, the reference thinks {best}"
             if gap <= slack:
                 evidence.append(f"{line}; logits {gap:.2g} apart where rounding explains {slack:.2g}")
@@ -200,8 +199,7 @@ class ThoughtComparison:
         """How much of each thought is in its prediction."""
         found, wanted, limits = [], [], []
         for one in thoughts:
-            plain, thought = self.head.norm(one.trunk), self.head.norm(one.before(self.head.steps + 1))
-            both = torch.cat([plain, thought], -1)
+            both = torch.cat(self._ends(one), -1)
             found.append(torch.from_numpy(one.thinking.weight)[:, None])
             wanted.append(self.head.reasoning.talk_head(both)[:, None])
             limits.append(self._weight_limit(both))
@@ -230,7 +228,7 @@ class ThoughtComparison:
         error = tolerance.CONFIDENCE * math.hypot(path.error(self.precision), self.norm.error(self.precision))
         found, wanted, limits = [], [], []
         for one in thoughts:
-            plain, thought = self.head.norm(one.trunk), self.head.norm(one.before(self.head.steps + 1))
+            plain, thought = self._ends(one)
             weight = torch.from_numpy(one.thinking.weight)[:, None]
             parts = ((1 - weight) * plain, weight * thought)
             mixed = parts[0] + parts[1]
@@ -239,19 +237,23 @@ class ThoughtComparison:
             found.append(torch.from_numpy(one.thinking.logits))
             wanted.append(self.head.logits(mixed))
             limits.append(error * size / mixed.norm(dim=-1).clamp_min(_SMALLEST) * wanted[-1].norm(dim=-1))
-        carried = max(self._carried(i, one.thinking) for i, one in enumerate(thoughts))
+        carried = max(map(relative, found, self.free))
         return judge(name, found, wanted, limits, path.derivation(self.precision)).also(carried=carried)
 
-    def _carried(self, i: int, thinking: Thinking) -> float:
-        """How far the graph's thoughts are from those of the free-running reference, which may think other tokens."""
-        r, free = self.recordings[i], self.free[i]
-        position = torch.tensor([len(r.before)])
-        new = self.exact.rows(free["hidden"], position, free.get("pre"))
+    def _ends(self, one: _One) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is mixed: the normed hidden states that thoughts start from, and those that they end with, [n, D]."""
+        return self.head.norm(one.trunk), self.head.norm(one.before(self.head.steps + 1))
+
+    def _last(self, shared: Mapping[str, torch.Tensor], r: Recording) -> tuple[torch.Tensor, ...]:
+        """The model's last hidden states, and what else ``ThinkingHead.rows`` takes."""
+        return shared["hidden"], torch.tensor([len(r.before)]), *([shared["pre"]] if "pre" in shared else [])
+
+    def _free(self, free: Mapping[str, torch.Tensor], r: Recording) -> torch.Tensor:
+        """Logits [n, V] of the thoughts of the free-running reference, which may think other tokens than the graph."""
         held = [torch.from_numpy(r.held[layer, "latent"])[None] for layer in self.layers]
-        latents = [torch.cat(pair, 1) for pair in zip(held, new, strict=True)]
+        latents = [torch.cat(pair, 1) for pair in zip(held, self.exact.rows(*self._last(free, r)), strict=True)]
         at = len(r.before) + torch.arange(len(r.tokens))[None]
-        thought = self.exact.think(self._collapsed(self.exact, free)[None], at, *latents)
-        return relative(torch.from_numpy(thinking.logits), thought.logits[0])
+        return self.exact.think(self._collapsed(self.exact, free)[None], at, *latents).logits[0]
 
     def _error(self, paths: Sequence[Any]) -> float:
         """Of independent errors, relative to what comes out."""

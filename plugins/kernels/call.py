@@ -1,0 +1,133 @@
+"""Kernels on PyTorch tensors: on the GPU they are on, or emulated on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from v4export.plugins.kernels import cuda, emulate
+from v4export.plugins.kernels.kernel import Compilable, Constant, Kernel, Typed
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+#: What an emulated launch may have: as much as the smaller GPUs give.
+_EMULATED_SHARED = 99 << 10
+
+
+class Caller:
+    """Runs kernels on tensors as the rest of a program calls functions.
+
+    Args:
+        budget: shared memory of a launch, in bytes; what the device has unless given.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        self.budget = budget
+
+    def __call__(self, kernel: Kernel, *tensors: torch.Tensor, **constants: Constant) -> tuple[torch.Tensor, ...]:
+        """Run a kernel; its dimensions and types are those of the tensors.
+
+        Args:
+            kernel: which.
+            tensors: its inputs, on one device.
+            constants: of its compilation.
+
+        Returns:
+            its outputs, new tensors.
+        """
+        device = tensors[0].device
+        inputs = [tensor.contiguous() for tensor in tensors]
+        operands = tuple(Typed(_NAMES[t.dtype], tuple(t.shape)) for t in inputs)
+        compiled = _compilable(kernel, operands, tuple(sorted(constants.items())), self._budget(device))
+        dims, launch = _dims(operands), compiled.launch
+        outputs = tuple(
+            torch.empty([d.evaluate(dims) for d in shape], dtype=_DTYPES[dtype], device=device)
+            for dtype, shape in launch.outputs
+        )
+        self.launch(compiled, dims, inputs, outputs)
+        return outputs
+
+    def table(self, matrices: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, int]]:
+        """Operands by which a kernel finds each of these matrices, and the constants that say how: their addresses."""
+        kept = [matrix if matrix.data_ptr() % 16 == 0 else matrix.clone() for matrix in matrices]
+        table = torch.tensor([matrix.data_ptr() for matrix in kept], dtype=torch.int64, device=matrices[0].device)
+        self.kept = kept  # the addresses must outlive the launch
+        return [table], {"PARTS": 0, "PART": len(kept)}
+
+    def _budget(self, device: torch.device) -> int:
+        if self.budget is not None:
+            return self.budget
+        return cuda.shared_limit(device.index or 0) if device.type == "cuda" else _EMULATED_SHARED
+
+    def launch(
+        self,
+        compiled: Compilable,
+        dims: Mapping[str, int],
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+    ) -> None:
+        """Launch one kernel. What an emulated one does not write stays rubbish that tests recognise."""
+        on_gpu = outputs[0].device.type == "cuda"
+        if not on_gpu:
+            for output in outputs:
+                output.view(torch.uint8).fill_(0xFF)
+        x, y, z = (blocks.evaluate(dims) for blocks in compiled.launch.grid)
+        if x and y and z:
+            scalars = [ctypes.c_int(scalar.evaluate(dims)) for scalar in compiled.launch.scalars]
+            sources, results = ([ctypes.c_void_p(t.data_ptr()) for t in group] for group in (inputs, outputs))
+            (cuda if on_gpu else emulate).launch(compiled, (x, y, z), [*sources, *scalars, *results])
+
+
+class Recorder(Caller):
+    """Launches nothing and notes what would be compiled; for tensors on the device ``meta``."""
+
+    def __init__(self, budget: int | None = None) -> None:
+        super().__init__(budget)
+        self.compiled: list[Compilable] = []
+
+    def launch(
+        self,
+        compiled: Compilable,
+        dims: Mapping[str, int],
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+    ) -> None:
+        """Note it."""
+        self.compiled.append(compiled)
+
+    def table(self, matrices: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, int]]:
+        """As many addresses as there are matrices."""
+        return [torch.empty(len(matrices), dtype=torch.int64, device="meta")], {"PARTS": 0, "PART": len(matrices)}
+
+
+call = Caller()
+
+
+def _dims(operands: Sequence[Typed]) -> Mapping[str, int]:
+    return {f"i{i}.{axis}": int(d or 0) for i, one in enumerate(operands) for axis, d in enumerate(one.dims)}
+
+
+@functools.lru_cache(maxsize=None)
+def _compilable(
+    kernel: Kernel, operands: tuple[Typed, ...], constants: tuple[tuple[str, Constant], ...], budget: int
+) -> Compilable:
+    """With only those dimensions fixed that are compiled, so that one compilation serves every number of tokens."""
+    return kernel.compilable([_open(kernel, i, one) for i, one in enumerate(operands)], dict(constants), budget)
+
+
+def _open(kernel: Kernel, index: int, typed: Typed) -> Typed:
+    names, fixed = kernel.inputs[index].split()[2:], kernel.compiled.split()
+    if len(names) != len(typed.dims):
+        return typed
+    return Typed(typed.dtype, tuple(d if n in fixed else None for n, d in zip(names, typed.dims, strict=True)))

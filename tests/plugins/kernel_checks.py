@@ -1,0 +1,62 @@
+"""Kernels, emulated on the CPU, beside their ops' eager reference in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from v4export.plugins.kernels.call import call
+from v4export.plugins.kernels.emulate import compiler
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NARROW = (torch.float16, torch.bfloat16)
+
+
+def widened(value: Any) -> Any:
+    """The same numbers in float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype in NARROW else value
+    return [widened(one) for one in value] if isinstance(value, list) else value
+
+
+def run_both(
+    op: torch.library.CustomOpDef, kernels: Callable[..., Sequence[torch.Tensor]], args: Sequence[Any]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each output of the kernels, and of the eager reference computed in float32 from the same numbers."""
+    got = kernels(call, *args)
+    wanted = op(*(widened(arg) for arg in args))
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    assert len(got) == len(wanted)
+    return list(zip(got, wanted, strict=True))
+
+
+def check(
+    op: torch.library.CustomOpDef,
+    kernels: Callable[..., Sequence[torch.Tensor]],
+    args: Sequence[Any],
+    dtype: torch.dtype = torch.float32,
+    steps: float = 1.0,
+) -> None:
+    """Integers are equal; floats are within so many round-offs of ``dtype``, of each number and of the largest.
+
+    Args:
+        op: the op, whose arguments ``args`` are.
+        kernels: the same as calls of kernels.
+        args: tensors and attributes.
+        dtype: of the activations; what is float32 whatever they are is held to float32.
+        steps: how many roundings of half a step there are on the way.
+    """
+    for got, wanted in run_both(op, kernels, args):
+        assert got.shape == wanted.shape
+        if not got.is_floating_point():
+            assert torch.equal(got, wanted)
+            continue
+        assert got.dtype in (dtype, torch.float32)
+        eps = torch.finfo(got.dtype if got.dtype in NARROW else torch.float32).eps
+        limit = 0.51 * eps * steps if got.dtype in NARROW else 16 * eps
+        top = wanted.abs().max() if wanted.numel() else torch.tensor(0.0)
+        torch.testing.assert_close(got.float(), wanted.float(), rtol=limit, atol=float(top) * limit)

@@ -34,6 +34,11 @@ def for_cpu(graph: str) -> str:
     return graph.removesuffix(".onnx") + ".cpu.onnx"
 
 
+def for_plugins(graph: str) -> str:
+    """Name of the copy whose ops are launches of kernels, for TensorRT."""
+    return graph.removesuffix(".onnx") + ".plugins.onnx"
+
+
 LOWERED_FOR_CPU = for_cpu(PORTABLE)
 
 Stamp = Callable[..., ir.Model]

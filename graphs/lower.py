@@ -1,7 +1,8 @@
-"""The copies of the graph that onnxruntime runs, made from the portable one; weights stay references."""
+"""The copies of the graph that runtimes take, made from the portable one; weights stay references."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -11,6 +12,7 @@ from onnx_ir.passes import common
 
 from v4export.graphs.passes.expand_prefill import expand_prefill
 from v4export.graphs.passes.group_experts import group_experts
+from v4export.graphs.passes.plugin_kernels import plugin_kernels
 from v4export.graphs.passes.unpack_fp4 import unpack_fp4
 from v4export.graphs.passes.widen import NARROW, widen
 from v4export.plugins.block_dequantize.onnx import OP_TYPE as BLOCK_DEQUANTIZE
@@ -43,6 +45,14 @@ def with_bodies(path: Path) -> ir.Model:
     model = ir.from_proto(proto)
     unpack_fp4(model)
     return model
+
+
+def lower_for_plugins(path: Path, wanted: Callable[[str], bool], budget: int) -> tuple[ir.Model, dict[str, str]]:
+    """The portable graph with kernels in place of the custom nodes that are wanted, for TensorRT; and types of nodes
+    that keep their body all the same, with the reason. Arguments as for ``plugin_kernels``.
+    """
+    model = ir.load(path)
+    return model, plugin_kernels(model, wanted, budget)
 
 
 def _narrow(model: ir.Model) -> bool:

@@ -61,9 +61,13 @@ class Body:
         self._name([value], op_type)
         return value
 
-    def ops(self, op_type: str, *inputs: ir.Value | None, outputs: int, **attributes: Any) -> Sequence[ir.Value]:
+    def ops(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
         """One node with several outputs, all of them named (TensorRT's TopK refuses unnamed ones)."""
-        values = self._tape.op_multi_out(op_type, inputs, attributes=attributes or None, num_outputs=outputs)
+        values = self._tape.op_multi_out(
+            op_type, inputs, attributes=attributes or None, num_outputs=outputs, domain=domain
+        )
         self._name(values, op_type)
         return values
 

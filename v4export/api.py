@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from v4export import presets
 from v4export.checkpoint.audit import Audit, audit
@@ -19,17 +20,21 @@ from v4export.config import ModelConfig
 from v4export.config.chosen import UNCHANGED, Chosen
 from v4export.config.readers import read_config
 from v4export.engine.build import EngineReport
+from v4export.engine.implementations import PLUGIN, implementation
 from v4export.engine.options import (
     DEFAULT_ENGINE,
+    ENGINE_SUFFIX,
     EngineOptions,
     check_targets,
     engine_of,
+    plugin_plan,
     precision_for,
     prefill_chunk,
 )
 from v4export.engram.vocabulary import read_token_map
 from v4export.errors import BadInput
-from v4export.graphs.export import THINKING, Graphs, engine_precisions, export_graphs
+from v4export.graphs.export import THINKING, Graphs, engine_precisions, export_graphs, for_plugins
+from v4export.graphs.lower import lower_for_plugins
 from v4export.package.bundle import Bundle, whole_folder, write_manifest
 from v4export.precision import precision as find_precision
 from v4export.progress import Stages
@@ -227,10 +232,26 @@ def _engines(
     precisions, reports = engine_precisions(bundle.folder, bundle.precision), {}
     with stages.stage("engine", len(precisions)) as advance:
         for name, precision in precisions.items():
+            graph = bundle.folder / name
+            source, notes = _with_plugins(graph, options, precision)
             how = (bundle.config, bundle.max_seq_len, precision, options, on_line)
-            reports[name] = engine_of(bundle.folder / name, *how)
+            report = engine_of(source, *how, engine=graph.with_suffix(ENGINE_SUFFIX))
+            reports[name] = replace(report, warnings=[*notes, *report.warnings])
             advance(1)
     return reports
+
+
+def _with_plugins(graph: Path, options: EngineOptions, precision: str) -> tuple[Path, list[str]]:
+    """The graph that an engine is built from: itself, or a copy beside it whose ops are launches of kernels; and which
+    ops keep their bodies though kernels were wanted.
+    """
+    way, budget = plugin_plan(options, precision)
+    if way == "none":
+        return graph, []
+    model, kept = lower_for_plugins(graph, lambda op: implementation(op, way).way == PLUGIN, budget)
+    source = graph.with_name(for_plugins(graph.name))
+    ir.save(model, source)
+    return source, [f"{op} is computed by its body: {reason}" for op, reason in kept.items()]
 
 
 def _words(config: ModelConfig, directory: Path) -> np.ndarray | None:

@@ -112,6 +112,7 @@ _engine_options = _options(
     click.option(
         "--max-chunk", type=click.IntRange(1), help="New tokens of a prefill step.  [default: 1 GiB of scratch]"
     ),
+    click.option("--plugins", help="auto | aot | library | none: how our kernels get in.  [default: auto]"),
     click.option("--workspace-gib", type=float, help="Limit on the builder's scratch memory."),
     click.option(
         "--minShapes", "min_shapes", metavar="NAME:AxB,..", help="As trtexec: shapes of a profile of your own."
@@ -120,7 +121,7 @@ _engine_options = _options(
     click.option("--maxShapes", "max_shapes", metavar="NAME:AxB,.."),
     click.option("-v", "--verbose", is_flag=True, help="TensorRT's log, too, on stderr."),
 )
-_ENGINE_NAMES = ("targets", "backend", "max_batch", "max_chunk", "workspace_gib")
+_ENGINE_NAMES = ("targets", "backend", "max_batch", "max_chunk", "workspace_gib", "plugins")
 
 
 def _engine(given: dict[str, Any]) -> Any:

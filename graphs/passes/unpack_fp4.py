@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from v4export.graphs.passes.declared_again import declared_again
 from v4export.plugins.function_body import Body
 from v4export.plugins.moe_experts.op import E2M1
 
@@ -55,7 +56,8 @@ def _is_packed(value: ir.Value | None) -> bool:
 def _cast(b: Body, node: ir.Node, graph: ir.Graph) -> ir.Value:
     packed = node.inputs[0]
     assert packed is not None
-    codes = b.cast(_as_bytes(packed, graph), ir.DataType.INT32)
+    *outer, columns = _sizes(packed)
+    codes = b.cast(declared_again(packed, graph, ir.DataType.UINT8, [*outer, columns // 2]), ir.DataType.INT32)
     numbers = b.op("Gather", shared(graph, "table.e2m1_pairs", PAIRS), codes, axis=0)
     return b.cast(b.reshape(numbers, *_sizes(packed)), ir.DataType(node.attributes["to"].as_int()))
 
@@ -71,22 +73,3 @@ _READERS: dict[str, Callable[[Body, ir.Node, ir.Graph], ir.Value]] = {"Cast": _c
 def _sizes(packed: ir.Value) -> list[int]:
     assert packed.const_value is not None
     return [int(d) for d in packed.const_value.shape]  # type: ignore[arg-type]
-
-
-def _as_bytes(packed: ir.Value, graph: ir.Graph) -> ir.Value:
-    """The initialiser's bytes as uint8 [..., columns / 2]."""
-    tensor, name = packed.const_value, f"{packed.name}.bytes"
-    assert tensor is not None
-    if name in graph.initializers:
-        return graph.initializers[name]
-    *outer, columns = _sizes(packed)
-    shape = [*outer, columns // 2]
-    if not isinstance(tensor, ir.ExternalTensor):
-        return shared(graph, name, np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape))
-    again = ir.ExternalTensor(
-        tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8, shape=ir.Shape(shape), name=name,
-        base_dir=tensor.base_dir,
-    )  # fmt: skip
-    value = ir.Value(name=name, shape=again.shape, type=ir.TensorType(again.dtype), const_value=again)
-    graph.register_initializer(value)
-    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -34,6 +35,8 @@ class Caller:
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
+        # What tables of addresses point at, kept for as long as a launch may be under way.
+        self._kept: deque[list[torch.Tensor]] = deque(maxlen=32)
 
     def __call__(self, kernel: Kernel, *tensors: torch.Tensor, **constants: Constant) -> tuple[torch.Tensor, ...]:
         """Run a kernel; its dimensions and types are those of the tensors.
@@ -58,12 +61,27 @@ class Caller:
         self.launch(compiled, dims, inputs, outputs)
         return outputs
 
-    def table(self, matrices: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, int]]:
-        """Operands by which a kernel finds each of these matrices, and the constants that say how: their addresses."""
-        kept = [matrix if matrix.data_ptr() % 16 == 0 else matrix.clone() for matrix in matrices]
-        table = torch.tensor([matrix.data_ptr() for matrix in kept], dtype=torch.int64, device=matrices[0].device)
-        self.kept = kept  # the addresses must outlive the launch
-        return [table], {"PARTS": 0, "PART": len(kept)}
+    def tables(self, *lists: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, int]]:
+        """Operands by which a kernel finds the matrices of each list that has any: tables of their addresses.
+
+        Returns:
+            int64 [E] for each list, and the constants that say so to the kernel.
+        """
+        tables = []
+        for matrices in filter(None, lists):
+            aligned = [m if m.is_contiguous() and m.data_ptr() % 16 == 0 else m.clone() for m in matrices]
+            table = _addresses(tuple(m.data_ptr() for m in aligned), aligned[0].device)
+            tables.append(table)
+            self._kept.append(aligned)
+        return tables, {"PARTS": 0, "PART": len(lists[0])}
+
+    def dtype_of(self, tensor: torch.Tensor) -> str:
+        """A tensor's type as kernels call it."""
+        return _NAMES[tensor.dtype]
+
+    def reshape(self, tensor: torch.Tensor, *dims: int) -> torch.Tensor:
+        """The same numbers in another shape."""
+        return tensor.reshape(dims)
 
     def _budget(self, device: torch.device) -> int:
         if self.budget is not None:
@@ -106,19 +124,25 @@ class Recorder(Caller):
         """Note it."""
         self.compiled.append(compiled)
 
-    def table(self, matrices: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, int]]:
+    def tables(self, *lists: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, int]]:
         """As many addresses as there are matrices."""
-        return [torch.empty(len(matrices), dtype=torch.int64, device="meta")], {"PARTS": 0, "PART": len(matrices)}
+        tables = [torch.empty(len(one), dtype=torch.int64, device="meta") for one in lists if one]
+        return tables, {"PARTS": 0, "PART": len(lists[0])}
 
 
 call = Caller()
+
+
+@functools.lru_cache(maxsize=4096)
+def _addresses(addresses: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
 def _dims(operands: Sequence[Typed]) -> Mapping[str, int]:
     return {f"i{i}.{axis}": int(d or 0) for i, one in enumerate(operands) for axis, d in enumerate(one.dims)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compilable(
     kernel: Kernel, operands: tuple[Typed, ...], constants: tuple[tuple[str, Constant], ...], budget: int
 ) -> Compilable:

@@ -47,7 +47,9 @@ def _function(compilable: Compilable, device: int) -> ctypes.c_void_p:
     return function
 
 
-def launch(compilable: Compilable, grid: tuple[int, int, int], parameters: list[ctypes.c_void_p | ctypes.c_int]) -> None:
+def launch(
+    compilable: Compilable, grid: tuple[int, int, int], parameters: list[ctypes.c_void_p | ctypes.c_int]
+) -> None:
     """Put a kernel on PyTorch's current stream."""
     function = _function(compilable, torch.cuda.current_device())
     places = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))

@@ -19,10 +19,12 @@ _COMPILERS = ("c++", "g++", "clang++")
 
 def compiler() -> str | None:
     """A C++ compiler, if there is one."""
-    return next((found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := shutil.which(name))), None
+    )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _library(compilable: Compilable) -> ctypes.CDLL:
     text = compilable.source + f"\nEMULATE({compilable.launch.entry})\n"
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-DEMULATED"]
@@ -32,7 +34,9 @@ def _library(compilable: Compilable) -> ctypes.CDLL:
     def compile_to(path: Path) -> None:
         found = compiler()
         if found is None:
-            raise RuntimeError("No C++ compiler was found to run kernels on the CPU: install g++ or clang++, or set CXX")
+            raise RuntimeError(
+                "No C++ compiler was found to run kernels on the CPU: install g++ or clang++, or set CXX"
+            )
         command = [found, *options, "-include", str(_EMULATOR), "-x", "c++", "-", "-o", str(path)]
         done = subprocess.run(command, input=text, text=True, capture_output=True)
         if done.returncode:
@@ -41,7 +45,9 @@ def _library(compilable: Compilable) -> ctypes.CDLL:
     return ctypes.CDLL(str(stored(f"{compilable.launch.entry}-{key}.so", compile_to)))
 
 
-def launch(compilable: Compilable, grid: tuple[int, int, int], parameters: list[ctypes.c_void_p | ctypes.c_int]) -> None:
+def launch(
+    compilable: Compilable, grid: tuple[int, int, int], parameters: list[ctypes.c_void_p | ctypes.c_int]
+) -> None:
     """Run every block of the grid, one after the other."""
     places = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
     shape = (ctypes.c_int * 3)(*grid)

@@ -35,6 +35,10 @@ _INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)
 Constant = int | float | str
 
 
+class Unfit(ValueError):
+    """A kernel cannot be used for these operands; the text says why."""
+
+
 @dataclass(frozen=True)
 class Typed:
     """A type and the dimensions of one operand; a dimension that a graph leaves open is None."""
@@ -171,11 +175,12 @@ class Kernel:
 
         Args:
             operands: types of its inputs.
-            constants: of the compilation, beside those it chooses itself.
+            constants: of the compilation, beside those it chooses itself; TYPE is a T that no input shows.
             budget: bytes of shared memory a launch may have.
 
         Raises:
             ValueError: operands do not fit the declaration.
+            Unfit: a launch would need more shared memory.
         """
         sizes, types = self._bound(operands, Sizes(constants, budget=budget))
         for name in self.compiled.split():
@@ -191,21 +196,25 @@ class Kernel:
             dims = tuple(size(int(d) if d.isdigit() else sizes[d]) for d in output.dims)
             outputs.append((types.get(output.dtype, output.dtype), dims))
         scalars = tuple(size(sizes[name]) for name in self.scalars.split())
-        launch = Launch(
-            self.entry, self.threads(sizes), self.shared(sizes), scalars, (x, y, z), tuple(outputs)
-        )
+        launch = Launch(self.entry, self.threads(sizes), self.shared(sizes), scalars, (x, y, z), tuple(outputs))
+        if launch.shared > budget:
+            raise Unfit(f"{self.name} needs {launch.shared} bytes of shared memory, and a launch may have {budget}")
         dims_compiled = self.compiled.split()
         defines = {f"DIM_{name}": _literal(sizes[name]) for name in dims_compiled}
         defines |= {f"TYPE_{name}": C_TYPES[dtype] for name, dtype in types.items()}
-        defines |= {k: _literal(v) for k, v in (*constants.items(), *chosen.items()) if k not in dims_compiled}
-        return Compilable(self, launch, tuple(sorted({**defines, "THREADS": str(launch.threads)}.items())))
+        defines |= {
+            k: _literal(v) for k, v in (*constants.items(), *chosen.items()) if k not in (*dims_compiled, "TYPE")
+        }
+        return Compilable(
+            self, launch, tuple(sorted({**defines, "ENTRY": self.entry, **_launch_defines(launch)}.items()))
+        )
 
     def _bound(self, operands: Sequence[Typed], sizes: Sizes) -> tuple[Sizes, dict[str, str]]:
         """Sizes with every dimension of the inputs, and what each type letter stands for."""
         declared = [Operand.parse(text) for text in self.inputs]
         if len(declared) != len(operands):
             raise ValueError(f"{self.name} takes {len(declared)} inputs, not {len(operands)}")
-        types: dict[str, str] = {}
+        types = {"T": str(sizes["TYPE"])} if "TYPE" in sizes else {}
         for i, (operand, typed) in enumerate(zip(declared, operands, strict=True)):
             _match(self.name, operand, typed, types)
             for axis, (name, known) in enumerate(zip(operand.dims, typed.dims, strict=True)):
@@ -233,6 +242,10 @@ def _match(name: str, operand: Operand, typed: Typed, types: dict[str, str]) -> 
             raise ValueError(f"{name}: {operand.name} is {wanted}, not one of {', '.join(ACTIVATIONS)}")
     if typed.dtype != wanted:
         raise ValueError(f"{name}: {operand.name} is {typed.dtype}, not {wanted}")
+
+
+def _launch_defines(launch: Launch) -> dict[str, str]:
+    return {"THREADS": str(launch.threads), "SHARED_SIZE": str(launch.shared)}
 
 
 def _literal(value: Constant) -> str:

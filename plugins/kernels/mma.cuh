@@ -92,9 +92,9 @@ template <class T> struct Chunk { Pair<T> pair[4]; };
 template <bool WHOLE, class T> __device__ __forceinline__ Chunk<T> chunk_at(const T* row, int k, int width) {
   Chunk<T> chunk;
   if (WHOLE && k < width) {
-    constexpr int PARTS = sizeof(chunk) / sizeof(uint4);
+    constexpr int VECTORS = sizeof(chunk) / sizeof(uint4);
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
+    for (int i = 0; i < VECTORS; ++i) {
       const uint4 bits = reinterpret_cast<const uint4*>(row + k)[i];
       memcpy(reinterpret_cast<unsigned char*>(&chunk) + 16 * i, &bits, 16);
     }

@@ -17,7 +17,9 @@ from v4export.plugins.kernels.store import stored
 PTX_TARGET = "compute_80"
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--device-as-default-execution-space")
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
-_SPILLED = re.compile(r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill")
+_SPILLED = re.compile(
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill"
+)
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
@@ -91,7 +93,9 @@ def _compiled(compilable: Compilable, target: str) -> tuple[bytes, str]:
     options = [*_OPTIONS, f"--gpu-architecture={target}", *(f"-D{name}={value}" for name, value in compilable.defines)]
     source = compilable.source
     key = hashlib.sha256("\0".join([*options, source, str(version())]).encode()).hexdigest()[:32]
-    kept = stored(f"{compilable.launch.entry}-{target}-{key}", lambda path: path.write_bytes(_compile(compilable, options)))
+    kept = stored(
+        f"{compilable.launch.entry}-{target}-{key}", lambda path: path.write_bytes(_compile(compilable, options))
+    )
     log, _, code = kept.read_bytes().partition(b"\0")
     return code, log.decode()
 

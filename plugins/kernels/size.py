@@ -45,7 +45,18 @@ class Size:
     def __floordiv__(self, other: Size | int) -> Size:
         return operate("div", self, other)
 
-    def evaluate(self, dims: Mapping[str, Any], algebra: Algebra = NUMBERS, constant: Callable[[int], Any] = int) -> Any:
+    def __radd__(self, other: int) -> Size:
+        return operate("+", other, self)
+
+    def __rsub__(self, other: int) -> Size:
+        return operate("-", other, self)
+
+    def __rmul__(self, other: int) -> Size:
+        return operate("*", other, self)
+
+    def evaluate(
+        self, dims: Mapping[str, Any], algebra: Algebra = NUMBERS, constant: Callable[[int], Any] = int
+    ) -> Any:
         """The value, given that of every name; ``constant`` makes the algebra's own of a number."""
         if self.args:
             return algebra[str(self.value)](*(arg.evaluate(dims, algebra, constant) for arg in self.args))

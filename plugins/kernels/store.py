@@ -10,7 +10,10 @@ from pathlib import Path
 
 def folder() -> Path:
     """Where they are kept: V4EXPORT_CACHE, or the user's cache."""
-    base = os.environ.get("V4EXPORT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "v4export"
+    base = (
+        os.environ.get("V4EXPORT_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "v4export"
+    )
     return Path(base) / "kernels"
 
 

@@ -30,9 +30,15 @@ __device__ __forceinline__ float to_float(half x) {
 template <class T> __device__ __forceinline__ T rounded(float x);
 template <> __device__ __forceinline__ float rounded<float>(float x) { return x; }
 template <> __device__ __forceinline__ bfloat rounded<bfloat>(float x) {
+#ifdef EMULATED
   unsigned bits = float_to_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {(unsigned short)(bits >> 16 | 0x40u)};  // not a number
   return {(unsigned short)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#else
+  bfloat y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#endif
 }
 template <> __device__ __forceinline__ half rounded<half>(float x) {
 #ifdef EMULATED
@@ -75,3 +81,34 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-
 __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int most(int a, int b) { return a > b ? a : b; }
 __device__ __forceinline__ int cdiv(int a, int b) { return (a + b - 1) / b; }
+
+// N neighbouring numbers that stand on a multiple of their bytes, or of 16, moved at once and widened to float32.
+template <class T, int N> struct __align__(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Several { T at[N]; };
+template <int N, class T> __device__ __forceinline__ void load_floats(const T* from, float* x) {
+  const Several<T, N> all = *reinterpret_cast<const Several<T, N>*>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = to_float(all.at[i]);
+}
+// Stores of a vector, said so outright: the compiler takes them apart where an address is also used elsewhere. What a
+// kernel stores like this it must not load again.
+template <class Bits> __device__ __forceinline__ void store(Bits* to, Bits x) { *to = x; }
+#ifndef EMULATED
+__device__ __forceinline__ void store(uint2* to, uint2 x) {
+  asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y));
+}
+__device__ __forceinline__ void store(uint4* to, uint4 x) {
+  asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w));
+}
+#endif
+template <int BYTES> struct Moved { using type = unsigned short; };
+template <> struct Moved<4> { using type = unsigned; };
+template <> struct Moved<8> { using type = uint2; };
+template <> struct Moved<16> { using type = uint4; };
+template <int N, class T> __device__ __forceinline__ void store_floats(T* to, const float* x) {
+  Several<T, N> all;
+#pragma unroll
+  for (int i = 0; i < N; ++i) all.at[i] = rounded<T>(x[i]);
+  typename Moved<sizeof all>::type bits;
+  memcpy(&bits, &all, sizeof all);
+  store(reinterpret_cast<decltype(bits)*>(to), bits);
+}

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_comparison import NARROW, compare
 
 from v4export.plugins.kernels.call import call
 from v4export.plugins.kernels.emulate import compiler
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NARROW = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *NARROW)
 
 
 def widened(value: Any) -> Any:
@@ -41,22 +41,14 @@ def check(
     dtype: torch.dtype = torch.float32,
     steps: float = 1.0,
 ) -> None:
-    """Integers are equal; floats are within so many round-offs of ``dtype``, of each number and of the largest.
+    """Compare every output (``kernel_comparison.compare``).
 
     Args:
         op: the op, whose arguments ``args`` are.
         kernels: the same as calls of kernels.
         args: tensors and attributes.
-        dtype: of the activations; what is float32 whatever they are is held to float32.
+        dtype: of the activations.
         steps: how many roundings of half a step there are on the way.
     """
     for got, wanted in run_both(op, kernels, args):
-        assert got.shape == wanted.shape
-        if not got.is_floating_point():
-            assert torch.equal(got, wanted)
-            continue
-        assert got.dtype in (dtype, torch.float32)
-        eps = torch.finfo(got.dtype if got.dtype in NARROW else torch.float32).eps
-        limit = 0.51 * eps * steps if got.dtype in NARROW else 16 * eps
-        top = wanted.abs().max() if wanted.numel() else torch.tensor(0.0)
-        torch.testing.assert_close(got.float(), wanted.float(), rtol=limit, atol=float(top) * limit)
+        compare(got, wanted, dtype, steps)

@@ -11,9 +11,11 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from v4export.errors import BadInput, NotSupported, missing_package
@@ -136,3 +138,18 @@ def load_backend(prefer: str | None = None) -> Backend:
             f"Reinstall it: pip install {name}",
         ) from e
     return Backend(name, str(module.__version__), module, hasattr(module, "ComputeCapability"))
+
+
+def plugin_environment(name: str, folder: Path) -> dict[str, str]:
+    """What a process needs so that a parser can make plugins.
+
+    TensorRT-RTX's parser looks for its library by a name without a version, which the wheel does not have, and ends the
+    process when there is none. ``folder`` gets a link of that name.
+    """
+    spec = importlib.util.find_spec(f"{name}_libs")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for library in (found for each in folders for found in Path(each).glob(f"lib{name}.so.*")):
+        link = folder / f"lib{name}.so"
+        if not link.exists():
+            link.symlink_to(library)
+    return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from v4export.engine.backend import choose_backend, cuda_devices, package_version
+from v4export.engine.backend import choose_backend, cuda_devices, package_version, plugin_environment
 from v4export.engine.profiles import ShapeOverride, derive_profiles, input_dims
 from v4export.engine.targets import resolve_targets
 from v4export.errors import BadInput, NotEnough, NotSupported, V4Error
@@ -76,6 +77,7 @@ def build_engine(
     max_steps: int = 1,
     workspace_gib: float | None = None,
     shapes: ShapeOverride | None = None,
+    plugins: str = "none",
     timeout_s: float | None = None,
     log: Path | None = None,
     on_line: Callable[[str], None] | None = None,
@@ -94,6 +96,7 @@ def build_engine(
         max_steps: of a thought.
         workspace_gib: limit on the builder's scratch memory.
         shapes: a user's own shapes, instead of the two derived profiles.
+        plugins: how the graph's kernels get in, a name of ``implementations.WAYS``.
         timeout_s: after which the build is stopped.
         log: file for the builder's log.
         on_line: called with each line of it, from another thread.
@@ -123,6 +126,7 @@ def build_engine(
         "inspect": bool(set(chosen) & set(present)),
         "profiles": [asdict(profile) for profile in profiles],
         "workspace_bytes": int((workspace_gib or 0) * 2**30),
+        "plugins": plugins,
     }
     try:
         result, tail = _run(request, timeout_s, log, on_line)
@@ -179,6 +183,7 @@ def _run(
             text=True,
             errors="replace",
             start_new_session=True,
+            env={**os.environ, **plugin_environment(request["backend"], folder)},
         )
 
         def read() -> None:

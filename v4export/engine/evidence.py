@@ -30,6 +30,7 @@ from onnx.external_data_helper import ExternalDataInfo
 
 MAGIC = b"vtrt"
 MASK_BITS = {"sm75": 1, "sm80": 2, "sm86": 4, "sm89": 8, "sm120": 16, "sm121": 32}
+PLUGIN_LAYER = "PLUGIN_V3"
 MATRIX_LAYERS = ("MATRIX_MULTIPLY", "EINSUM", "CONVOLUTION", "ATTENTION_INPUT", "MOE")
 
 
@@ -53,14 +54,16 @@ FORMATS = {
     "bf16": Format(onnx.TensorProto.BFLOAT16, "BF16", "bf16", 16),
     "fp8": Format(onnx.TensorProto.FLOAT8E4M3FN, "FP8", "fp8_e4m3", 8),
     "fp4": Format(onnx.TensorProto.FLOAT4E2M1, "FP4", "fp4_e2m1", 4),
+    # What is packed for plugins, which widen it themselves.
+    "words": Format(onnx.TensorProto.INT32, "INT32", "int32", 32),
 }
 #: Formats that a precision stores weights in and that must be found again; the network has to use the first.
 STORED = {
     "fp32": ("fp32",),
     "fp16": ("fp16",),
     "bf16": ("bf16",),
-    "fp8": ("fp8",),
-    "mxfp4": ("fp4", "fp8"),
+    "fp8": ("fp8", "words"),
+    "mxfp4": ("fp4", "fp8", "words"),
 }
 #: Formats that a dequantising layer widens before anything else can take them.
 QUANTIZED = ("fp8", "fp4")
@@ -68,6 +71,8 @@ QUANTIZED = ("fp8", "fp4")
 _WIDER_ALLOWED = 1.1
 _SMALL = 1 << 20
 _RUN, _SAMPLES, _LEAST_VARIETY = 256, 8, 16
+#: What a plugin of experts reads is part of its name.
+_WIDENED = re.compile(r"Expert[A-Z][a-z]+(Fp[48])")
 _CONSTANT = re.compile(rb"const_payload_size=(\d+)[^\n]*? type=(\w+)")
 
 
@@ -82,7 +87,9 @@ class Proof:
 
 @dataclass
 class NetworkFacts:
-    """The parsed network: layers by type, output types, types of matrix layers, inputs of dequantising layers."""
+    """The parsed network: layers by type, output types, types of matrix layers, types that dequantising layers and
+    plugins widen.
+    """
 
     layers: Counter[str] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
@@ -125,6 +132,8 @@ def read_network(network: Any) -> NetworkFacts:
             facts.matrix.update(types[:1])
         if kind == "DEQUANTIZE":
             facts.dequantized[_last(layer.get_input(0).dtype)] += 1
+        if kind == PLUGIN_LAYER and (found := _WIDENED.search(layer.name)):
+            facts.dequantized[found[1].upper()] += 1
     return facts
 
 
@@ -201,10 +210,20 @@ def prove_network(precision: str, facts: NetworkFacts) -> Proof:
     kind = FORMATS[first].network
     if first in QUANTIZED:
         count = facts.dequantized[kind]
-        return Proof(f"the network reads {first} weights", f"{count} dequantising layers with {first} input", count > 0)
+        return Proof(f"the network reads {first} weights", f"{count} layers that widen {first} input", count > 0)
     total, count = sum(facts.matrix.values()), facts.matrix[kind]
     shares = ", ".join(f"{name} {n}" for name, n in facts.matrix.most_common()) or "none"
     return Proof(f"matrix layers compute in {precision}", f"{count} of {total} ({shares})", count > 0)
+
+
+def prove_plugins(launches: int, facts: NetworkFacts) -> list[Proof]:
+    """That every launch of a kernel became a plugin; nothing to show where there is none."""
+    found = facts.layers[PLUGIN_LAYER]
+    return (
+        [Proof("every kernel is a plugin", f"{found} plugins of {launches} launches", found == launches)]
+        if launches
+        else []
+    )
 
 
 def prove_plan(

@@ -9,6 +9,7 @@ from pathlib import Path
 from v4export.config import ModelConfig
 from v4export.engine.backend import choose_backend, cuda_devices
 from v4export.engine.build import EngineReport, build_engine
+from v4export.engine.implementations import resolve_way, shared_budget
 from v4export.engine.preflight import preflight
 from v4export.engine.profiles import ShapeOverride
 from v4export.engine.scratch import scratch
@@ -36,6 +37,7 @@ class EngineOptions:
         max_chunk: most new tokens of a prefill step; as many as 1 GiB of scratch memory allows, unless given.
         workspace_gib: limit on the builder's own scratch memory.
         shapes: a user's own shapes in place of the derived profiles.
+        plugins: how kernels get in, a name of ``implementations.WAYS``; the package's default unless given.
     """
 
     targets: Sequence[str] | None = None
@@ -44,6 +46,7 @@ class EngineOptions:
     max_chunk: int | None = None
     workspace_gib: float | None = None
     shapes: ShapeOverride | None = None
+    plugins: str | None = None
 
 
 #: Both profiles, for every target that has the precision.
@@ -52,8 +55,16 @@ DEFAULT_ENGINE = EngineOptions()
 
 def check_targets(options: EngineOptions, precision: str) -> None:
     """Refuse a target that cannot have the precision before any work is done."""
-    present = [device.capability for device in cuda_devices()]
-    resolve_targets(options.targets, precision, choose_backend(options.backend), present)
+    backend, present = choose_backend(options.backend), [device.capability for device in cuda_devices()]
+    resolve_targets(options.targets, precision, backend, present)
+    resolve_way(options.plugins, backend)
+
+
+def plugin_plan(options: EngineOptions, precision: str) -> tuple[str, int]:
+    """How kernels get into the engine, and the bytes of shared memory that a launch may have there."""
+    backend, present = choose_backend(options.backend), [device.capability for device in cuda_devices()]
+    way = resolve_way(options.plugins, backend)
+    return way, shared_budget(way, resolve_targets(options.targets, precision, backend, present))
 
 
 def precision_for(options: EngineOptions, precision: str) -> tuple[str, str | None]:
@@ -100,8 +111,11 @@ def engine_of(
     precision: str,
     options: EngineOptions,
     on_line: Callable[[str], None] | None = None,
+    engine: Path | None = None,
 ) -> EngineReport:
-    """Build the engine of a graph beside it; ``on_line`` is told each line of TensorRT's log.
+    """Build the engine of a graph beside it, under its name unless ``engine`` is given.
+
+    ``on_line`` is told each line of TensorRT's log.
 
     Raises:
         NotSupported: TensorRT would refuse the graph.
@@ -114,7 +128,7 @@ def engine_of(
         )
     report = build_engine(
         graph,
-        graph.with_suffix(ENGINE_SUFFIX),
+        engine or graph.with_suffix(ENGINE_SUFFIX),
         precision=precision,
         targets=options.targets,
         backend=options.backend,
@@ -124,6 +138,7 @@ def engine_of(
         max_steps=config.reasoning.steps if config.reasoning and config.thinks else 1,
         workspace_gib=options.workspace_gib,
         shapes=options.shapes,
+        plugins=resolve_way(options.plugins, choose_backend(options.backend)),
         on_line=on_line,
     )
     return replace(report, path=Path(report.path.name))

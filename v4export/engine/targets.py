@@ -31,6 +31,7 @@ class Target:
         precisions: in which of them its matrix products are built.
         rtx: whether TensorRT-RTX can name it.
         default: whether TensorRT-RTX builds for it when no target is asked for.
+        shared_kib: shared memory that a kernel's block can ask for.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Target:
     precisions: tuple[str, ...]
     rtx: bool
     default: bool
+    shared_kib: int
 
     @property
     def package(self) -> str:
@@ -51,16 +53,18 @@ _FP16, _TO_BF16, _TO_FP8, _TO_FP4 = ("fp16",), PRECISIONS[:3], PRECISIONS[:4], P
 _ADA = ("rtx4090", "rtx4080", "rtx4070", "rtx4060", "l4", "l40", "l40s", "rtx6000ada")
 
 TARGETS = (
-    Target("sm75", "Turing", ("t4", "rtx2080", "rtx2080ti", "rtx6000turing"), _FP16, True, False),
-    Target("sm80", "Ampere", ("a100", "a30"), _TO_BF16, True, True),
-    Target("sm86", "Ampere", ("rtx3090", "rtx3080", "rtx3070", "rtx3060", "a10", "a40", "a6000"), _TO_BF16, True, True),
-    Target("sm89", "Ada", _ADA, _TO_FP8, True, True),
-    Target("sm90", "Hopper", ("h100", "h200", "h800", "h20", "gh200"), _TO_FP8, False, True),
-    Target("sm100", "Blackwell", ("b100", "b200", "gb200"), _TO_FP4, False, True),
-    Target("sm103", "Blackwell Ultra", ("b300", "gb300"), _TO_FP4, False, True),
-    Target("sm110", "Blackwell", ("thor", "jetsonthor"), _TO_FP8, False, True),
-    Target("sm120", "Blackwell", ("rtx5090", "rtx5080", "rtx5070", "rtx5060", "rtxpro6000"), _TO_FP4, True, True),
-    Target("sm121", "Blackwell", ("gb10", "dgxspark"), _TO_FP4, True, True),
+    Target("sm75", "Turing", ("t4", "rtx2080", "rtx2080ti", "rtx6000turing"), _FP16, True, False, 64),
+    Target("sm80", "Ampere", ("a100", "a30"), _TO_BF16, True, True, 163),
+    Target(
+        "sm86", "Ampere", ("rtx3090", "rtx3080", "rtx3070", "rtx3060", "a10", "a40", "a6000"), _TO_BF16, True, True, 99
+    ),
+    Target("sm89", "Ada", _ADA, _TO_FP8, True, True, 99),
+    Target("sm90", "Hopper", ("h100", "h200", "h800", "h20", "gh200"), _TO_FP8, False, True, 227),
+    Target("sm100", "Blackwell", ("b100", "b200", "gb200"), _TO_FP4, False, True, 227),
+    Target("sm103", "Blackwell Ultra", ("b300", "gb300"), _TO_FP4, False, True, 227),
+    Target("sm110", "Blackwell", ("thor", "jetsonthor"), _TO_FP8, False, True, 227),
+    Target("sm120", "Blackwell", ("rtx5090", "rtx5080", "rtx5070", "rtx5060", "rtxpro6000"), _TO_FP4, True, True, 99),
+    Target("sm121", "Blackwell", ("gb10", "dgxspark"), _TO_FP4, True, True, 99),
 )
 
 _BY_NAME = {target.name: target for target in TARGETS}

@@ -25,10 +25,13 @@ from v4export.engine.evidence import (
     prove_loads,
     prove_network,
     prove_plan,
+    prove_plugins,
     read_network,
     read_plan,
     read_weights,
 )
+from v4export.plugins.kernels import plugin_aot, plugin_v3
+from v4export.plugins.kernels.nodes import kernel_nodes
 from v4export.progress import peak_memory_mib
 
 #: A message that means the engine would compute something else than the graph says.
@@ -109,6 +112,18 @@ def _first_line(text: str) -> str:
     return " ".join(lines)[:600]
 
 
+def register_plugins(trt: Any, request: dict[str, Any]) -> tuple[int, Any]:
+    """How many nodes of the graph launch kernels, and their plugins' creators, registered."""
+    nodes = kernel_nodes(Path(request["onnx"]))
+    kinds = {node.op_type: (len(node.input), len(node.output)) for node in nodes}
+    if not kinds:
+        return 0, None
+    if request["plugins"] == "aot":
+        plugin = importlib.import_module(f"{request['backend']}.plugin")
+        return len(nodes), plugin_aot.register(plugin, trt, kinds)
+    return len(nodes), plugin_v3.register(trt, kinds)
+
+
 def configure(trt: Any, builder: Any, request: dict[str, Any]) -> Any:
     """The builder's configuration: targets, workspace and profiles.
 
@@ -174,10 +189,11 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     log, engine = Log(), Path(request["engine"])
     precision, partial = request["precision"], Path(request["partial"])
     logger = make_logger(trt, log)
+    launches, kept = register_plugins(trt, request)
     builder, network = parse(trt, logger, request["onnx"], log)
     facts: NetworkFacts = read_network(network)
-    proofs = [prove_network(precision, facts)]
-    if not proofs[0].holds:
+    proofs = [prove_network(precision, facts), *prove_plugins(launches, facts)]
+    if not all(proof.holds for proof in proofs):
         raise Failed("precision", stage="graph", proofs=[asdict(proof) for proof in proofs])
     weights = read_weights(Path(request["onnx"]), precision)
     sha256 = write_plan(trt, builder, network, configure(trt, builder, request), partial, log)
@@ -189,6 +205,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     if not all(proof.holds for proof in proofs):
         raise Failed("precision", stage="engine", proofs=[asdict(proof) for proof in proofs])
     os.replace(partial, engine)
+    del kept  # TensorRT does not own the creators that it was given
     return {
         "kind": "ok",
         "bytes": plan.size,

@@ -1,0 +1,99 @@
+"""Every kernel compiled with NVRTC, at the shapes of published models, for every kind of GPU: nothing spills."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from v4export.plugins.kernels import names, nvrtc
+from v4export.plugins.kernels.call import Recorder
+from v4export.plugins.kernels.kernel import PLAIN_SHARED, Compilable, Typed, Unfit
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+#: Shared memory of a launch: ahead of time, on the smaller GPUs, and on those of data centres.
+BUDGETS = (PLAIN_SHARED, 99 << 10, 227 << 10)
+ROUTE = names.kernels()["MoeRoute"]
+CONSTANTS = {"K": 2, "SCORING": "SIGMOID", "GROUPS": 1, "OPEN": 1, "BEST_TWO": 0, "NORM": 1, "SCALE": 1.0}
+
+
+def route(experts: int = 64) -> Compilable:
+    return ROUTE.compilable([Typed("float32", (None, experts)), Typed("float32", (experts,))], CONSTANTS)
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, dict[str, Compilable]]:
+    """By entry point, the different ways that models compile it: by model and budget."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        from kernel_cases import MODELS, OP, cases, step_of
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    found: dict[str, dict[str, Compilable]] = {}
+    for model in MODELS:
+        for budget in BUDGETS:
+            recorder = Recorder(budget)
+            for case in cases(model, step_of(model)):
+                OP[case.op].kernels(recorder, *case.args)
+            for one in recorder.compiled:
+                found.setdefault(one.launch.entry, {}).setdefault(str(one.defines), one)
+    return found
+
+
+def test_models_use_every_kernel(published: dict) -> None:
+    """But those of experts in several stacks, and those of a variant that V4.1 alone has."""
+    entries = {kernel.entry for kernel in names.kernels().values() if "In" not in kernel.name}
+    assert entries - published.keys() == {"sparse_attention_since_split", "window_attention_since_split"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_spills(published: dict, target: str) -> None:
+    for entry, ways in published.items():
+        for defines, compilable in ways.items():
+            code, used = nvrtc.cubin(compilable, target)
+            assert code[:4] == b"\x7fELF"
+            assert used.spilled == used.stack == 0, f"{entry} {defines}: {used}"
+            assert used.registers * compilable.launch.threads <= 65536
+            assert used.shared + compilable.launch.shared <= 227 << 10
+
+
+@pytest.mark.slow
+def test_ptx_is_for_every_gpu_from_ampere_on(published: dict) -> None:
+    for entry, ways in published.items():
+        code = nvrtc.ptx(next(iter(ways.values())))
+        assert f".visible .entry {entry}(" in code and ".target sm_80" in code
+
+
+def test_parameters_are_inputs_scalars_outputs() -> None:
+    """Ahead-of-time plugins pass them in that order and no others."""
+    code = nvrtc.ptx(route())
+    types = [line.split()[1] for line in code.splitlines() if line.strip().startswith(".param")]
+    assert types == [".u64", ".u64", ".u32", ".u64", ".u64"]
+
+
+def test_a_mistake_is_shown_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("V4EXPORT_CACHE", str(tmp_path))
+    broken = tmp_path / "broken.cu"
+    broken.write_text('extern "C" __global__ void moe_route(float* x) { y = 1; }\n')
+    compilable = route()
+    object.__setattr__(compilable, "kernel", type(ROUTE)(**{**vars(ROUTE), "source": broken}))
+    with pytest.raises(nvrtc.CompileError, match=r'broken\.cu.*\n.*moe_route\.cu\(1\): error: identifier "y"'):
+        nvrtc.ptx(compilable)
+
+
+def test_code_is_kept_and_taken_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("V4EXPORT_CACHE", str(tmp_path))
+    first = nvrtc.cubin(route(), "sm_80")
+    monkeypatch.setattr(nvrtc, "_compile", None)
+    assert nvrtc.cubin(route(), "sm_80") == first
+    with pytest.raises(TypeError):
+        nvrtc.cubin(route(experts=96), "sm_80")
+
+
+def test_a_launch_that_needs_too_much_is_refused() -> None:
+    wide = type(ROUTE)(**{**vars(ROUTE), "shared": lambda _: 1 << 20})
+    with pytest.raises(Unfit, match="1048576 bytes of shared memory"):
+        wide.compilable([Typed("float32", (None, 64)), Typed("float32", (64,))], CONSTANTS)

@@ -13,7 +13,13 @@ from v4export.config import ModelConfig
 from v4export.plugins import OPS
 
 #: Presets, and the form in which their experts are stored.
-MODELS = {"deepseek-v3": "fp8", "deepseek-v3.2": "fp8", "kimi-k2": "fp8", "deepseek-v4-flash": "fp4", "deepseek-v4.1-flash": "fp4"}
+MODELS = {
+    "deepseek-v3": "fp8",
+    "deepseek-v3.2": "fp8",
+    "kimi-k2": "fp8",
+    "deepseek-v4-flash": "fp4",
+    "deepseek-v4.1-flash": "fp4",
+}
 OP = {op.torch_op._name.removeprefix("v4::"): op for op in OPS}
 
 
@@ -87,14 +93,18 @@ def cases(model: str, step: Step) -> Iterator[Case]:
             yield Case(model, name, args)
 
 
-def step_of(model: str, sequences: int = 2, held: int = 4096, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> Step:
+def step_of(
+    model: str, sequences: int = 2, held: int = 4096, device: str = "meta", dtype: torch.dtype = torch.bfloat16
+) -> Step:
     """A step of a preset."""
     return Step(presets.load(model), MODELS[model], sequences, held, device, dtype)
 
 
 def _route(s: Step) -> Iterator[tuple[Any, ...]]:
     c = s.config
-    logits, bias = (s.numbers(*shape, dtype=torch.float32) for shape in ((s.sequences, c.num_experts), (c.num_experts,)))
+    logits, bias = (
+        s.numbers(*shape, dtype=torch.float32) for shape in ((s.sequences, c.num_experts), (c.num_experts,))
+    )
     groups = (c.num_groups, c.topk_groups, "top2_sum")
     yield logits, bias, c.experts_per_token, c.scoring, *groups, c.norm_topk_prob, c.routed_scaling_factor
 
@@ -113,7 +123,15 @@ def _experts(s: Step) -> Iterator[tuple[Any, ...]]:
     parts = [s.matrices(E, *shape) for shape in ((F, D), (F, D), (D, F))]
     x, weights = s.numbers(s.sequences, D), s.numbers(s.sequences, K, dtype=torch.float32)
     block = (1, 32) if s.form == "fp4" else (128, 128)
-    yield x, weights, s.choice(E, K, s.sequences), *(m for m, _ in parts), *(p for _, p in parts), *block, c.swiglu_limit
+    yield (
+        x,
+        weights,
+        s.choice(E, K, s.sequences),
+        *(m for m, _ in parts),
+        *(p for _, p in parts),
+        *block,
+        c.swiglu_limit,
+    )
 
 
 def _hyper(s: Step, rest: bool) -> Iterator[tuple[Any, ...]]:
@@ -163,8 +181,13 @@ def _index(s: Step, *extra: int, blocks: bool = False) -> Iterator[tuple[Any, ..
     if c.indexer is None or (bool(extra) != bool(c.compressed and c.compressed.shared)):
         return
     ratio = max(1, min((r for r in c.compressed.ratios if r), default=1)) if c.compressed else 1
-    I, H = c.indexer.head_dim, c.indexer.num_heads
-    keys = s.numbers(B, H, I), s.numbers(B, H, dtype=torch.float32), s.numbers(B, 1, I), s.numbers(B, s.held // ratio, I)
+    W, H = c.indexer.head_dim, c.indexer.num_heads
+    keys = (
+        s.numbers(B, H, W),
+        s.numbers(B, H, dtype=torch.float32),
+        s.numbers(B, 1, W),
+        s.numbers(B, s.held // ratio, W),
+    )
     size = extra[-1] if extra else 1
     count = s.held // ratio // size
     marked = [s.choice(count, min(2048, count), B)] if blocks else []
@@ -174,7 +197,14 @@ def _index(s: Step, *extra: int, blocks: bool = False) -> Iterator[tuple[Any, ..
 def _window(s: Step) -> Iterator[tuple[Any, ...]]:
     if c := s.config.compressed:
         B, H, W = s.sequences, s.config.num_heads, c.head_dim
-        yield s.numbers(B, H, W), s.numbers(B, 1, W), s.numbers(B, c.window, W), s.position, s.numbers(H, dtype=torch.float32), 0.1
+        yield (
+            s.numbers(B, H, W),
+            s.numbers(B, 1, W),
+            s.numbers(B, c.window, W),
+            s.position,
+            s.numbers(H, dtype=torch.float32),
+            0.1,
+        )
 
 
 def _entries(s: Step, sparse: bool) -> Iterator[tuple[Any, ...]]:
@@ -191,7 +221,10 @@ def _compress(s: Step) -> Iterator[tuple[Any, ...]]:
     if c := s.config.compressed:
         for ratio, halves in ((4, 2), (128, 1)) if c.shared is None else ((2, 1),):
             P = 2 * halves * c.head_dim
-            rows = s.numbers(s.sequences, 1, P, dtype=torch.float32), s.numbers(s.sequences, halves * ratio, P, dtype=torch.float32)
+            rows = (
+                s.numbers(s.sequences, 1, P, dtype=torch.float32),
+                s.numbers(s.sequences, halves * ratio, P, dtype=torch.float32),
+            )
             yield *rows, s.numbers(ratio, P // 2, dtype=torch.float32), s.position, ratio, halves
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 NARROW = (torch.float16, torch.bfloat16)
 #: Round-offs of float32 that sums in another order may differ by.
 WIDE = 16.0
+
+
+def widened(value: Any) -> Any:
+    """The same numbers in float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype in NARROW else value
+    return [widened(one) for one in value] if isinstance(value, list) else value
 
 
 def compare(

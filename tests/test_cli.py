@@ -47,6 +47,7 @@ ENGINE = [
     "--backend",
     "--max-batch-size",
     "--max-chunk",
+    "--plugins",
     "--workspace-gib",
     "--minShapes",
     "--optShapes",
@@ -86,7 +87,7 @@ SURFACE = {
     "inspect": (["model"], ["--json"]),
     "synth": (["config"], ["--out", "-o", "--seed", "--dtype", "--sparse", "--fused", "--quiet", "-q"]),
     "presets": ([], ["--json"]),
-    "doctor": ([], ["--json"]),
+    "doctor": ([], ["--ops", "--json"]),
 }
 LAST = r"PASSED \| (\d+) layers, 4 prompts, \d+ near-ties \| \d+ s \| v4export {} .*"
 
@@ -253,6 +254,14 @@ def test_doctor(capfd):
     assert {"component", "version", "state", "does", "fix"} <= set(found[0])
     assert any("onnxruntime" in one["component"] for one in found)
     assert "onnxruntime" in call(capfd, "doctor").out
+
+
+def test_doctor_says_what_computes_each_op(capfd):
+    found = json.loads(call(capfd, "doctor", "--ops", "--json").out)
+    assert {row[0] for row in found["ops"]} >= {"MoeRoute", "LatentAttention", "TRT_BlockDequantize"}
+    assert [row[0] for row in found["ways"]][1:] == ["aot", "library", "none"]
+    text = call(capfd, "doctor", "--ops").out
+    assert re.search(r"^MoeExperts +body +plugin +reads chosen experts", text, re.MULTILINE)
 
 
 def test_synth_and_preset_as_model(capfd, tmp_path):

@@ -292,11 +292,16 @@ def presets(as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--ops", is_flag=True, help="What computes each op in an engine, and how plugins get in, with reasons.")
 @_json
-def doctor(as_json: bool) -> None:
+def doctor(ops: bool, as_json: bool) -> None:
     """Say which runtimes this machine has, and what each of them will do."""
+    from v4export.engine import implementations
     from v4export.engine.doctor import diagnose
 
+    if ops:
+        tables = implementations.rows(), implementations.ways_rows()
+        return _result(as_json, dict(zip(("ops", "ways"), tables, strict=True)), "\n\n".join(map(show.table, tables)))
     findings = diagnose(Path.cwd())
     _result(as_json, findings, show.findings(findings))
 

@@ -175,6 +175,11 @@ def findings(found: Sequence[Finding]) -> str:
     return _table(("", "component", "version", "what it will do here"), rows)
 
 
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its header."""
+    return _table(rows[0], rows[1:])
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     table = Table(box=None, pad_edge=False)
     for title in header:

@@ -64,6 +64,10 @@ def _plugin_class(trt: Any) -> Any:
                 base.__init__(self)
             self.plugin_name, self.plugin_version, self.plugin_namespace = name, str(VERSION), DOMAIN
             self._texts = {LAUNCH: launch, CODE: code}
+            # TensorRT reads fields after they were handed to it, and keeps nothing of Python's alive.
+            self._bytes = {key: _characters(text) for key, text in self._texts.items()}
+            self._fields = [_field(trt, key, one) for key, one in self._bytes.items()]
+            self._collection = trt.PluginFieldCollection(self._fields)
             self._launch = Launch.parse(launch)
             self.num_outputs = len(self._launch.outputs)
 
@@ -106,7 +110,7 @@ def _plugin_class(trt: Any) -> Any:
 
         def get_fields_to_serialize(self) -> Any:
             """All there is of it, for whoever loads the engine."""
-            return trt.PluginFieldCollection([_field(trt, key, text) for key, text in self._texts.items()])
+            return self._collection
 
         def attach_to_context(self, _context: Any) -> Any:
             return self.clone()
@@ -127,7 +131,8 @@ def _creator_class(trt: Any, plugin: Any) -> Any:
         def __init__(self, name: str) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_version, self.plugin_namespace = name, str(VERSION), DOMAIN
-            self.field_names = trt.PluginFieldCollection([_field(trt, key, "") for key in (LAUNCH, CODE)])
+            self._nothing = _characters("")
+            self.field_names = trt.PluginFieldCollection([_field(trt, key, self._nothing) for key in (LAUNCH, CODE)])
 
         def create_plugin(self, _name: str, fields: Any, _phase: Any) -> Any:
             texts = {field.name: _text(field) for field in fields}
@@ -136,8 +141,12 @@ def _creator_class(trt: Any, plugin: Any) -> Any:
     return Creator
 
 
-def _field(trt: Any, name: str, text: str) -> Any:
-    return trt.PluginField(name, np.frombuffer(text.encode(), np.int8), trt.PluginFieldType.CHAR)
+def _characters(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.int8)
+
+
+def _field(trt: Any, name: str, characters: np.ndarray) -> Any:
+    return trt.PluginField(name, characters, trt.PluginFieldType.CHAR)
 
 
 def _text(field: Any) -> str:

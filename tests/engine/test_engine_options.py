@@ -110,3 +110,15 @@ def test_fp4_only_for_targets_that_have_it(monkeypatch, backend, present, target
 def test_other_precisions_stay(monkeypatch) -> None:
     _machine(monkeypatch, "tensorrt", "sm80")
     assert precision_for(EngineOptions(), "fp8") == ("fp8", None)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "kimi-k2", "deepseek-v4-flash", "deepseek-v4.1-flash"])
+def test_kernels_gather_nothing(name):
+    """Their chunk is as long as any; where launches do not fit, in float32, that of bodies stays."""
+    pytest.importorskip("tensorrt_rtx")
+    config, library = presets.load(name), EngineOptions(backend="tensorrt_rtx", plugins="library")
+    assert prefill_chunk(config, library, LENGTH) == 512
+    assert prefill_chunk(config, library, LENGTH, precision="fp32") == prefill_chunk(
+        config, EngineOptions(backend="tensorrt_rtx"), LENGTH, precision="fp32"
+    )
+    assert prefill_chunk(config, EngineOptions(backend="tensorrt_rtx"), LENGTH) < 64

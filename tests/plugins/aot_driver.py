@@ -125,8 +125,9 @@ def main(model: str, stubs: str) -> None:
             key: getattr(params, key) for key in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "shared_mem")
         }
         result = {
-            "name": name, "entry": kernel, "code": len(code), "dims": [shape for shape, _ in inputs],
-            "outputs": outputs, "dtypes": [str(d).rpartition(".")[2] for d in dtypes], "scalars": list(scalars.scalars.values()),
+            "name": name, "entry": kernel, "code": len(code), "outputs": outputs,
+            "dims": [shape for shape, _ in inputs],
+            "dtypes": [str(d).rpartition(".")[2] for d in dtypes], "scalars": list(scalars.scalars.values()),
             "combinations": len(combinations), **attributes, **found,
         }  # fmt: skip
         print(json.dumps(result))

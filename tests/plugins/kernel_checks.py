@@ -7,20 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_comparison import NARROW, compare
+from kernel_comparison import NARROW, compare, widened
 
 from v4export.plugins.kernels.call import call
 from v4export.plugins.kernels.emulate import compiler
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 DTYPES = (torch.float32, *NARROW)
-
-
-def widened(value: Any) -> Any:
-    """The same numbers in float32."""
-    if isinstance(value, torch.Tensor):
-        return value.float() if value.dtype in NARROW else value
-    return [widened(one) for one in value] if isinstance(value, list) else value
 
 
 def run_both(

@@ -81,7 +81,8 @@ def test_a_declaration_becomes_a_launch() -> None:
     ]
     defines = dict(one.defines)
     assert {k: defines[k] for k in ("DIM_D", "TYPE_T", "TILE", "WAY", "ENTRY", "THREADS", "SHARED_SIZE")} == {
-        "DIM_D": "64", "TYPE_T": "half", "TILE": "32", "WAY": "FAST", "ENTRY": "two_words", "THREADS": "64", "SHARED_SIZE": "512",
+        "DIM_D": "64", "TYPE_T": "half", "TILE": "32", "WAY": "FAST", "ENTRY": "two_words", "THREADS": "64",
+        "SHARED_SIZE": "512",
     }  # fmt: skip
     assert float.fromhex(defines["SCALE"].strip("()f")) == 0.1
     assert Launch.parse(one.launch.text()) == one.launch

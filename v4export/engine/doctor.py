@@ -112,6 +112,11 @@ def _standard() -> Finding:
     )
 
 
+def _nvrtc() -> Finding:
+    does = "compiling of kernels for plugins and for PyTorch on a GPU"
+    return _package("nvidia_cuda_nvrtc", does, "pip install 'nvidia-cuda-nvrtc>=13.0,<13.1'")
+
+
 def _device() -> Finding:
     devices = cuda_devices()
     if not devices:
@@ -192,6 +197,6 @@ def _run_stage() -> Finding:
 
 
 _COMPONENTS: tuple[Callable[[], Finding], ...] = (
-    _python, _torch, _executor, _rtx, _standard, _polygraphy, _device, _compiler, _cores, _memory,
+    _python, _torch, _executor, _rtx, _standard, _polygraphy, _nvrtc, _device, _compiler, _cores, _memory,
 )  # fmt: skip
 _STAGES: tuple[Callable[[], Finding], ...] = (_export_stage, _verify_stage, _engine_stage, _run_stage)

@@ -5,7 +5,7 @@ Two tables: the ways a kernel gets into TensorRT, and what is chosen for each op
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from v4export.engine.targets import PACKAGES, Target
@@ -111,10 +111,22 @@ def resolve_way(asked: str | None, backend: str) -> str:
     return way.name
 
 
-def shared_budget(way: str, targets: tuple[Target, ...]) -> int:
-    """Bytes of shared memory that a launch may have on all targets; ahead of time, nobody can ask for more than that
-    of every launch.
+def shared_budget(way: str, targets: Sequence[Target]) -> int:
+    """Bytes of shared memory that a launch may have on all targets. Ahead of time, nobody can ask for more than every
+    launch has; without plugins there is no launch.
+
+    Raises:
+        NotSupported: a target is older than what kernels are compiled for.
     """
+    if way == "none":
+        return 0
+    old = [target.name for target in targets if target.architecture == "Turing"]
+    if old:
+        raise NotSupported(
+            f"Kernels are compiled for Ampere and later, not for {', '.join(old)}",
+            f"targets: {', '.join(target.name for target in targets)}   --plugins {way}",
+            "Leave that target out, or use --plugins none.",
+        )
     return PLAIN_SHARED if way == "aot" else min(target.shared_kib for target in targets) << 10
 
 

@@ -14,7 +14,8 @@ from v4export.engine.preflight import preflight
 from v4export.engine.profiles import ShapeOverride
 from v4export.engine.scratch import scratch
 from v4export.engine.targets import buildable, fallback, resolve_targets
-from v4export.errors import NotSupported
+from v4export.errors import NotSupported, missing_package
+from v4export.plugins.kernels import nvrtc
 from v4export.plugins.limits import MAX_ELEMENTS
 from v4export.precision import precision as find_precision
 
@@ -57,7 +58,12 @@ def check_targets(options: EngineOptions, precision: str) -> None:
     """Refuse a target that cannot have the precision before any work is done."""
     backend, present = choose_backend(options.backend), [device.capability for device in cuda_devices()]
     resolve_targets(options.targets, precision, backend, present)
-    resolve_way(options.plugins, backend)
+    if resolve_way(options.plugins, backend) != "none":
+        plugin_plan(options, precision)
+        try:
+            nvrtc.version()
+        except ImportError as e:
+            raise missing_package("nvidia-cuda-nvrtc", "gpu", "Compiling kernels for plugins") from e
 
 
 def plugin_plan(options: EngineOptions, precision: str) -> tuple[str, int]:
@@ -89,7 +95,9 @@ def prefill_chunk(config: ModelConfig, options: EngineOptions, max_seq_len: int,
     Raises:
         NotSupported: a tensor would have more elements than TensorRT takes, in the chunk asked for or in any.
     """
-    places = scratch(config, max_seq_len, 4 if find_precision(precision).activations == "float32" else 2)
+    wide = find_precision(precision).activations == "float32"  # too wide for many a launch, which leaves bodies
+    plugins = not wide and resolve_way(options.plugins, choose_backend(options.backend)) != "none"
+    places = scratch(config, max_seq_len, 4 if wide else 2, plugins)
     tightest = min(places, key=lambda place: place.most_tokens)
     most = tightest.most_tokens // options.max_batch
     if most < (options.max_chunk or 1):

@@ -32,14 +32,17 @@ class Scratch:
         return MAX_ELEMENTS // self.elements
 
 
-def scratch(config: ModelConfig, max_seq_len: int, itemsize: int = 2) -> list[Scratch]:
+def scratch(config: ModelConfig, max_seq_len: int, itemsize: int = 2, plugins: bool = False) -> list[Scratch]:
     """The places that take most, of all kinds of layer of a model.
 
     Args:
         config: the model.
         max_seq_len: tokens held.
         itemsize: bytes of an activation.
+        plugins: whether ops are kernels, which hand each other what they have summed, and gather nothing.
     """
+    if plugins:
+        return list(_between_kernels(config, max_seq_len))
     found = list(_attention(config, max_seq_len))
     if config.moe_layers:
         # The body of moe_experts holds the matrices of every token's experts at once, dequantised.
@@ -64,6 +67,19 @@ def _attention(config: ModelConfig, tokens: int) -> Iterator[Scratch]:
             yield _scores("selected rows", selected * width)
             seen = selected + (c.window if c else 0)
         yield _scores("attention scores", config.num_heads * seen)
+
+
+def _between_kernels(config: ModelConfig, tokens: int) -> Iterator[Scratch]:
+    """What kernels leave for the next one of their op, float32: a share of attention for each head where there are
+    many tokens, and few tokens' shares are few; an expert's output; a score of each key.
+    """
+    c = config.compressed
+    yield _scores("attention shares", config.num_heads * (c.head_dim if c else config.kv_lora_rank))
+    if config.moe_layers:
+        yield _scores("experts' outputs", config.experts_per_token * config.hidden_size)
+    if config.indexer:
+        ratios = [ratio for ratio in c.ratios if ratio] if c else [1]
+        yield _scores("index scores", max(1, tokens // min(ratios)))
 
 
 def _scores(what: str, elements: int) -> Scratch:

@@ -36,7 +36,7 @@ def sized(value: Any) -> int:
     """Of every tensor in it."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+    return sum(map(sized, value)) if isinstance(value, list | tuple) else 0
 
 
 def _results(op: str, args: list[Any]) -> Any:
@@ -51,60 +51,60 @@ def _attention(q: torch.Tensor, rows: int, values: int) -> Work:
     return Work(q.element_size() * M * (rows * W + H * W + H * values), 2.0 * M * rows * H * (W + values))
 
 
-def _latent(q, new, cache, position, latent_width, scale):  # type: ignore[no-untyped-def]
+def _latent(q, new, cache, position, latent_width, scale):
     """Every row held, and the new one."""
     return _attention(q, cache.shape[1] + 1, latent_width)
 
 
-def _thought(q, own, cache, thought_at, latent_width, scale):  # type: ignore[no-untyped-def]
+def _thought(q, own, cache, thought_at, latent_width, scale):
     """Every row held, and the thought's own."""
     return _attention(q, cache.shape[1] + own.shape[1], latent_width)
 
 
-def _sparse_latent(q, new, cache, selected, position, latent_width, scale):  # type: ignore[no-untyped-def]
+def _sparse_latent(q, new, cache, selected, position, latent_width, scale):
     """The selected rows, and their numbers."""
     return _with(_attention(q, selected.shape[1], latent_width), sized(selected))
 
 
-def _window(q, new, ring, position, sinks, scale):  # type: ignore[no-untyped-def]
+def _window(q, new, ring, position, sinks, scale):
     """The rows of a window."""
     return _attention(q, ring.shape[1], q.shape[2])
 
 
-def _compressed(q, new, ring, new_entry, entry, position, sinks, ratio, scale):  # type: ignore[no-untyped-def]
+def _compressed(q, new, ring, new_entry, entry, position, sinks, ratio, scale):
     """The rows of a window, and every entry."""
     return _attention(q, ring.shape[1] + entry.shape[1] + new_entry.shape[1], q.shape[2])
 
 
-def _sparse(q, new, ring, new_entry, entry, selected, position, sinks, ratio, scale):  # type: ignore[no-untyped-def]
+def _sparse(q, new, ring, new_entry, entry, selected, position, sinks, ratio, scale):
     """The rows of a window, the selected entries, and their numbers."""
     return _with(_attention(q, ring.shape[1] + selected.shape[1], q.shape[2]), sized(selected))
 
 
-def _index(q, keys, results):  # type: ignore[no-untyped-def]
+def _index(q, keys, results):
     """So many keys for each query token, a product for each head; numbers out. Scores need not be written."""
     M, H, width = q.shape
     return Work(q.element_size() * M * (keys + H) * width + 4 * M * H + 8 * M * results, 2.0 * M * H * width * keys)
 
 
-def _select(q, weights, new, cache, position, top_k, ratio, scale):  # type: ignore[no-untyped-def]
+def _select(q, weights, new, cache, position, top_k, ratio, scale):
     """Every key."""
     keys = cache.shape[1] + 1
     return _index(q, keys, min(top_k, keys))
 
 
-def _candidates(q, weights, new, cache, position, top_k, ratio, scale, top_blocks, size):  # type: ignore[no-untyped-def]
+def _candidates(q, weights, new, cache, position, top_k, ratio, scale, top_blocks, size):
     """Every key; numbers of keys and of blocks."""
     keys = cache.shape[1] + 1
     return _index(q, keys, min(top_k, keys) + min(top_blocks, -(-keys // size)))
 
 
-def _reselect(q, weights, new, cache, blocks, position, top_k, ratio, scale, size):  # type: ignore[no-untyped-def]
+def _reselect(q, weights, new, cache, blocks, position, top_k, ratio, scale, size):
     """The keys of the query's blocks."""
     return _with(_index(q, blocks.shape[1] * size, min(top_k, cache.shape[1] + 1)), sized(blocks))
 
 
-def _experts(x, weights, indices, gate, up, down, *rest):  # type: ignore[no-untyped-def]
+def _experts(x, weights, indices, gate, up, down, *rest):
     """The matrices and multipliers of every expert that a token chose; three products a pair; tokens in and out."""
     (M, K), E, (F, D) = indices.shape, len(gate), (gate[0].shape[0], down[0].shape[0])
     hit = E * (1 - (1 - K / E) ** M) if indices.is_meta else indices.unique().numel()
@@ -112,31 +112,31 @@ def _experts(x, weights, indices, gate, up, down, *rest):  # type: ignore[no-unt
     return Work(hit * matrices + 2 * sized(x) + sized([weights, indices]), 6.0 * M * K * D * F)
 
 
-def _compress(rows, ring, bias, position, ratio, halves):  # type: ignore[no-untyped-def]
+def _compress(rows, ring, bias, position, ratio, halves):
     """A key and a gate of each token that an entry is pooled from; bias; the entry."""
     B, W = len(rows), rows.shape[2] // (2 * halves)
     return Work(4.0 * B * (halves * ratio * 2 * W + W) + sized(bias))
 
 
-def _conv(rows, ring, weight, position, dilation):  # type: ignore[no-untyped-def]
+def _conv(rows, ring, weight, position, dilation):
     """Of the ring only the rows that there are taps for."""
     taps = weight.shape[1]
     return Work((taps + 1) * sized(rows) + sized(weight))
 
 
-def _hash(logits, table, ids, *rest):  # type: ignore[no-untyped-def]
+def _hash(logits, table, ids, *rest):
     """For a token its row of the table, as many logits, and both results."""
     return Work(len(ids) * (8 + table.shape[1] * (8 + 4 + 4 + 8)))
 
 
-def _hyper(streams, fn, base, scale, *rest):  # type: ignore[no-untyped-def]
+def _hyper(streams, fn, base, scale, *rest):
     """Streams and weights once, a collapsed row out; one product."""
     M, X, D = streams.shape
     out = M * D * streams.element_size() + 4 * M * (X + X * X)
     return Work(sized([streams, fn, base, scale]) + out, 2.0 * M * fn.numel())
 
 
-def _coefficients(streams, fn, base, scale, *rest):  # type: ignore[no-untyped-def]
+def _coefficients(streams, fn, base, scale, *rest):
     """Streams and weights once; one product."""
     M, X, _ = streams.shape
     return Work(sized([streams, fn, base, scale]) + 4 * M * (2 * X + X * X), 2.0 * M * fn.numel())

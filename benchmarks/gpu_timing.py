@@ -41,15 +41,13 @@ class Timer:
         """
         for one in (*calls, calls[0]):
             one()
-        about = self._between(calls[0])
+        about, turns = self._between(calls[0]), itertools.cycle(calls)
         if graphed and about < _LONG:
-            turns = list(itertools.islice(itertools.cycle(calls), max(_CALLS, len(calls))))
-            graph = torch.cuda.CUDAGraph()
+            graph, count = torch.cuda.CUDAGraph(), max(_CALLS, len(calls))
             with torch.cuda.graph(graph):
-                for one in turns:
+                for one in itertools.islice(turns, count):
                     one()
-            return self._rounds(graph.replay) / len(turns)
-        turns = itertools.cycle(calls)
+            return self._rounds(graph.replay) / count
         return self._rounds(lambda: next(turns)())
 
     def _rounds(self, once: Call) -> float:

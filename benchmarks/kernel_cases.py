@@ -14,6 +14,7 @@ from v4export.plugins import OPS
 
 #: Presets, and the form in which their experts are stored.
 MODELS = {
+    "deepseek-v2-lite": "plain",
     "deepseek-v3": "fp8",
     "deepseek-v3.2": "fp8",
     "kimi-k2": "fp8",
@@ -105,7 +106,7 @@ def _route(s: Step) -> Iterator[tuple[Any, ...]]:
     logits, bias = (
         s.numbers(*shape, dtype=torch.float32) for shape in ((s.sequences, c.num_experts), (c.num_experts,))
     )
-    groups = (c.num_groups, c.topk_groups, "top2_sum")
+    groups = (c.num_groups, c.topk_groups, "top2_sum" if c.topk_method == "noaux_tc" else "max")
     yield logits, bias, c.experts_per_token, c.scoring, *groups, c.norm_topk_prob, c.routed_scaling_factor
 
 

@@ -117,17 +117,17 @@ def check_op(op: str, args: list[Any], dtype: torch.dtype, run: Callable[..., An
             compare(ours, theirs, dtype, STEPS.get(op, 1.0), WIDE)
 
 
-def _scores(q, weights, new, cache, position, ratio, scale):  # type: ignore[no-untyped-def]
+def _scores(q, weights, new, cache, position, ratio, scale):
     """Of every key in the column of its number, the lowest float where a query cannot see it."""
     score, number = index_scores(q, weights, new, cache, position, ratio, scale)
     return torch.full_like(score, LOWEST).scatter_reduce(1, number, score, "amax")
 
 
-def _of_keys(q, weights, new, cache, position, top_k, ratio, scale):  # type: ignore[no-untyped-def]
+def _of_keys(q, weights, new, cache, position, top_k, ratio, scale):
     return [_scores(q, weights, new, cache, position, ratio, scale)]
 
 
-def _of_candidates(q, weights, new, cache, position, top_k, ratio, scale, top_blocks, size):  # type: ignore[no-untyped-def]
+def _of_candidates(q, weights, new, cache, position, top_k, ratio, scale, top_blocks, size):
     scores = _scores(q, weights, new, cache, position, ratio, scale)
     blocks = torch.nn.functional.pad(scores, (0, -scores.shape[1] % size), value=LOWEST).unflatten(1, (-1, size))
     best = blocks.amax(-1)
@@ -135,11 +135,15 @@ def _of_candidates(q, weights, new, cache, position, top_k, ratio, scale, top_bl
     return [scores, best.masked_fill(torch.arange(best.shape[1]) == (newest // size)[:, None], float("inf"))]
 
 
-def _among_blocks(q, weights, new, cache, blocks, position, top_k, ratio, scale, size):  # type: ignore[no-untyped-def]
+def _among_blocks(q, weights, new, cache, blocks, position, top_k, ratio, scale, size):
     scores = _scores(q, weights, new, cache, position, ratio, scale)
     among = (torch.arange(scores.shape[1]) // size == blocks[..., None]).any(1)
     return [scores.masked_fill(~among, LOWEST)]
 
 
 #: What each output of an op that selects is ordered by.
-SCORES = {"index_select": _of_keys, "candidate_select": _of_candidates, "index_reselect": _among_blocks}
+SCORES: dict[str, Callable[..., list[torch.Tensor]]] = {
+    "index_select": _of_keys,
+    "candidate_select": _of_candidates,
+    "index_reselect": _among_blocks,
+}

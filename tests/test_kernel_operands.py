@@ -60,4 +60,4 @@ def test_emulated_kernels_agree(model: str, op: str, form: str) -> None:
     for sequences, held in ((1, 1), (3, 130)):
         torch.manual_seed(held)
         for args in operands(model, op, form, sequences, held, torch.bfloat16, "cpu"):
-            check_op(op, args, torch.bfloat16, lambda *given: OP[op].kernels(call, *given))  # type: ignore[misc]
+            check_op(op, args, torch.bfloat16, lambda *given: OP[op].kernels(call, *given))

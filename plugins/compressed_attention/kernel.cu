@@ -13,7 +13,7 @@ struct Rows {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 compressed_attention_split(const Number* __restrict__ q, const Number* __restrict__ fresh,
                            const Number* __restrict__ ring, const Number* __restrict__ fresh_entry,
                            const Number* __restrict__ entry, const long long* __restrict__ position, int S, int R, int U,

@@ -10,7 +10,7 @@ struct Rows : Numbered {
   int count;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 latent_attention_split(const Number* __restrict__ q, const Number* __restrict__ fresh, const Number* __restrict__ cache,
                        const long long* __restrict__ position, int S, int T, int P, float* __restrict__ partial,
                        float* __restrict__ extent) {

@@ -6,7 +6,7 @@
 // Bytes: the D F numbers of every expert that was hit: 14.7 MB an expert of DeepSeek-V3 in FP8.
 #include "matrix.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 ENTRY(const Number* __restrict__ h, const float* __restrict__ weights, const int* __restrict__ order,
             const int* __restrict__ tiles, STACK(down),
 #if FORMAT != PLAIN

@@ -52,9 +52,9 @@ def _stacks(parts: int, *names: str) -> list[str]:
     return [f"{name}{i} * E{i} {name}_numbers" for name in names for i in range(parts)]
 
 
-def _even(d: Sizes) -> Mapping[str, Constant]:
-    """Whether rows of activations' numbers are whole vectors."""
-    return {"EVEN": int(d.D % 8 == 0 and d.F % 8 == 0)}
+def _choose(d: Sizes) -> Mapping[str, Constant]:
+    """Whether rows of activations' numbers are whole vectors, and how many blocks share a multiprocessor's registers."""
+    return {"EVEN": int(d.D % 8 == 0 and d.F % 8 == 0), "RESIDENT": 2 if d.type_T == ACTIVATIONS[0] else 3}
 
 
 def _suffix(stored: str, parts: int) -> str:
@@ -72,7 +72,7 @@ def up_kernel(stored: str, parts: int) -> Kernel:
         inputs=["x T M D", "order int32 N", "tiles int32 L 3", *_stacks(parts, *names)],
         outputs=["h T N F"],
         compiled="D F K",
-        choose=_even,
+        choose=_choose,
         grid=lambda d: (cdiv(d.F, _ROWS), d.L),
     )
 
@@ -87,7 +87,7 @@ def down_kernel(stored: str, parts: int) -> Kernel:
         inputs=["h T N F", "weights float32 N", "order int32 N", "tiles int32 L 3", *_stacks(parts, *names)],
         outputs=["out float32 N D"],
         compiled="D F",
-        choose=_even,
+        choose=_choose,
         grid=lambda d: (cdiv(d.D, _ROWS), d.L),
     )
 

@@ -94,41 +94,50 @@ __device__ __forceinline__ void load(Span& span, const Number* row, int k, int w
   for (int i = 0; i < CHUNKS; ++i) span[i] = chunk_at<EVEN>(row, there ? k + 8 * i : width, width);
 }
 
-// The same of a row of a matrix. FP4 has its multipliers in it, which are powers of two: products are exact.
-template <int HEIGHT, int WIDTH>
-__device__ __forceinline__ void load(Span& span, const Stored<HEIGHT, WIDTH>& matrix, int row, int k) {
-  const unsigned char* at = matrix.numbers + row * Stored<HEIGHT, WIDTH>::ROW;
-  if (FORMAT == PLAIN) {
-    span[0] = chunk_at<EVEN>(reinterpret_cast<const Number*>(at), row < HEIGHT ? k : WIDTH, WIDTH);
-    return;
-  }
-  constexpr int BYTES = 16, A_BYTE = FORMAT == FP4 ? 2 : 1;
-  unsigned words[4] = {};
-  if (row < HEIGHT && WIDTH % SPAN == 0) {
-    if (k < WIDTH) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(at + k / A_BYTE);
-      words[0] = bits.x, words[1] = bits.y, words[2] = bits.z, words[3] = bits.w;
+// The same of a row of a matrix, as it is stored until a chunk of it is wanted.
+struct Held {
+  Chunk<Number> plain;
+  unsigned words[4];
+  Pair<Number> power;  // FP4's multiplier, a power of two: products with it are exact
+
+  template <int HEIGHT, int WIDTH>
+  __device__ __forceinline__ Held(const Stored<HEIGHT, WIDTH>& matrix, int row, int k) {
+    const unsigned char* at = matrix.numbers + row * Stored<HEIGHT, WIDTH>::ROW;
+    const bool there = row < HEIGHT && k < WIDTH;
+    if (FORMAT == PLAIN) {
+      plain = chunk_at<EVEN>(reinterpret_cast<const Number*>(at), there ? k : WIDTH, WIDTH);
+      return;
     }
-  } else if (row < HEIGHT) {
+    constexpr int BYTES = 16, A_BYTE = FORMAT == FP4 ? 2 : 1;
+    uint4 bits = {};
+    if (WIDTH % SPAN == 0 && there) bits = *reinterpret_cast<const uint4*>(at + k / A_BYTE);
+    words[0] = bits.x, words[1] = bits.y, words[2] = bits.z, words[3] = bits.w;
+    if (WIDTH % SPAN && there) {
 #pragma unroll
-    for (int i = 0; i < BYTES; ++i)
-      if (k + i * A_BYTE < WIDTH) words[i / 4] |= (unsigned)at[k / A_BYTE + i] << 8 * (i % 4);
-  }
-  Pair<Number> power = both(1.0f);
-  if (FORMAT == FP4 && row < HEIGHT && k < WIDTH)
-    power = both(to_float(reinterpret_cast<const bfloat*>(matrix.scales)[row * Stored<HEIGHT, WIDTH>::SCALES + k / 32]));
-#pragma unroll
-  for (int i = 0; i < SPAN / 2; ++i) {
-    Pair<Number>& pair = span[i / 4].pair[i % 4];
-    if (FORMAT == FP8) {
-      const unsigned two = words[i / 2] >> 16 * (i % 2);
-      pair = from_fp8((two & 0xffu) | (two & 0xff00u) << 8);
-    } else {
-      const unsigned two = words[i / 4] >> 8 * (i % 4);
-      pair = times(from_fp4((two & 0xfu) | (two & 0xf0u) << 12), power);
+      for (int i = 0; i < BYTES; ++i)
+        if (k + i * A_BYTE < WIDTH) words[i / 4] |= (unsigned)at[k / A_BYTE + i] << 8 * (i % 4);
     }
+    power = both(1.0f);
+    if (FORMAT == FP4 && there)
+      power = both(to_float(reinterpret_cast<const bfloat*>(matrix.scales)[row * Stored<HEIGHT, WIDTH>::SCALES + k / 32]));
   }
-}
+
+  __device__ __forceinline__ Chunk<Number> chunk(int i) const {
+    if (FORMAT == PLAIN) return plain;
+    Chunk<Number> chunk;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (FORMAT == FP8) {
+        const unsigned two = words[2 * i + j / 2] >> 16 * (j % 2);
+        chunk.pair[j] = from_fp8((two & 0xffu) | (two & 0xff00u) << 8);
+      } else {
+        const unsigned two = words[i] >> 8 * j;
+        chunk.pair[j] = times(from_fp4((two & 0xfu) | (two & 0xf0u) << 12), power);
+      }
+    }
+    return chunk;
+  }
+};
 
 // The multiplier of row `row` of an FP8 matrix in the BLOCK that starts at column k, whichever lane's numbers it is for.
 template <int HEIGHT, int WIDTH>
@@ -143,17 +152,21 @@ typedef float Sums[TILES][4];
 template <int HEIGHT, int WIDTH>
 __device__ __forceinline__ void multiply(Sums& sums, const Stored<HEIGHT, WIDTH>& matrix, int first, int k, const Span (&tokens)[TILES], int count) {
   const int row = first + threadIdx.x % 32 / 4;
-  Span low, high;
-  load(low, matrix, row, k + threadIdx.x % 4 * SPAN);
-  load(high, matrix, row + 8, k + threadIdx.x % 4 * SPAN);
+  const Held low(matrix, row, k + threadIdx.x % 4 * SPAN), high(matrix, row + 8, k + threadIdx.x % 4 * SPAN);
+  Sums block = {};  // of FP8, to be multiplied
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) {
+    const Chunk<Number> below = low.chunk(i), above = high.chunk(i);
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+      if (tile * 8 < count) mma(FORMAT == FP8 ? block[tile] : sums[tile], below, above, tokens[tile][i]);
+  }
+  if (FORMAT != FP8) return;
   const float below = scale_of(matrix, row, k), above = scale_of(matrix, row + 8, k);
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
-    if (tile * 8 >= count) break;
-    float c[4] = {};
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) mma(FORMAT == FP8 ? c : sums[tile], low[i], high[i], tokens[tile][i]);
-    if (FORMAT == FP8) sums[tile][0] += c[0] * below, sums[tile][1] += c[1] * below, sums[tile][2] += c[2] * above, sums[tile][3] += c[3] * above;
+    sums[tile][0] += block[tile][0] * below, sums[tile][1] += block[tile][1] * below;
+    sums[tile][2] += block[tile][2] * above, sums[tile][3] += block[tile][3] * above;
   }
 }
 

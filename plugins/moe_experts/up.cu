@@ -8,7 +8,7 @@
 // FP8, 235 MB for the 8 of a token: 49 us at 4.8 TB/s.
 #include "matrix.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 ENTRY(const Number* __restrict__ x, const int* __restrict__ order, const int* __restrict__ tiles, STACK(gate), STACK(up),
 #if FORMAT != PLAIN
           STACK(gate_scale), STACK(up_scale),

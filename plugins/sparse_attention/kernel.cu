@@ -13,7 +13,7 @@ struct Rows {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 ENTRY(const Number* __restrict__ q, const Number* __restrict__ fresh, const Number* __restrict__ ring,
       const Number* __restrict__ fresh_entry, const Number* __restrict__ entry, const long long* __restrict__ selected,
       const long long* __restrict__ position,

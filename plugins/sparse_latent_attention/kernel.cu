@@ -10,7 +10,7 @@ struct Rows {
   __device__ __forceinline__ const Number* at(int n) const { return all.at(selected[n]); }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 sparse_latent_attention_split(const Number* __restrict__ q, const Number* __restrict__ fresh,
                               const Number* __restrict__ cache, const long long* __restrict__ selected,
                               const long long* __restrict__ position, int S, int T, int K, int P,

@@ -8,7 +8,7 @@ struct Rows : Numbered {
   int count;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 thought_attention_split(const Number* __restrict__ q, const Number* __restrict__ own, const Number* __restrict__ cache,
                         const long long* __restrict__ thought_at, int T, int Q, int steps, int P,
                         float* __restrict__ partial, float* __restrict__ extent) {

@@ -4,7 +4,7 @@
 // is bound by the launch.
 #include "../kernels/attention.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 ENTRY(const Number* __restrict__ q, const Number* __restrict__ fresh, const Number* __restrict__ ring,
       const long long* __restrict__ position,
 #if SINCE

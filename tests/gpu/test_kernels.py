@@ -18,7 +18,7 @@ from v4export.engine.backend import cuda_devices
 from v4export.model import Transformer
 from v4export.model.load import load_transformer
 from v4export.plugins.kernels import cuda
-from v4export.plugins.kernels.kernel import Unfit
+from v4export.plugins.kernels.kernel import Compilable, Unfit
 from v4export.runtime.state import State
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda_devices(), reason="no CUDA device")]
@@ -96,7 +96,12 @@ def loaded(checkpoint: Checkpoint) -> Transformer:
 @pytest.mark.parametrize("preset", ["tiny-v3", "tiny-v3.2", "tiny-v4", "tiny-v4.1", "tiny-v4x"])
 def test_a_model_gives_the_logits_of_a_cpu(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched, launch = set(), cuda.launch
-    monkeypatch.setattr(cuda, "launch", lambda what, *rest: (launched.add(what.launch.entry), launch(what, *rest))[1])
+
+    def noted(compilable: Compilable, *rest: Any) -> None:
+        launched.add(compilable.launch.entry)
+        launch(compilable, *rest)
+
+    monkeypatch.setattr(cuda, "launch", noted)
     checkpoint = Checkpoint.open(api.synth(preset, tmp_path / "hub"))
     ids = np.random.default_rng(0).integers(3, 256, TOKENS)
     here, there = (logits(loaded(checkpoint), device, ids) for device in ("cpu", "cuda"))

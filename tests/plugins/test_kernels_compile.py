@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from v4export.plugins.kernels import names, nvrtc
 from v4export.plugins.kernels.call import Recorder
@@ -23,9 +24,8 @@ def route(experts: int = 64) -> Compilable:
     return ROUTE.compilable([Typed("float32", (None, experts)), Typed("float32", (experts,))], CONSTANTS)
 
 
-@pytest.fixture(scope="module")
-def published() -> dict[str, dict[str, Compilable]]:
-    """By entry point, the different ways that models compile it: by model and budget."""
+def of_models(dtype: torch.dtype, budgets: tuple[int, ...]) -> dict[str, dict[str, Compilable]]:
+    """By entry point, the different ways that models compile it."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         from kernel_cases import MODELS, OP, cases, step_of
@@ -33,13 +33,18 @@ def published() -> dict[str, dict[str, Compilable]]:
         sys.path.remove(str(BENCHMARKS))
     found: dict[str, dict[str, Compilable]] = {}
     for model in MODELS:
-        for budget in BUDGETS:
+        for budget in budgets:
             recorder = Recorder(budget)
-            for case in cases(model, step_of(model)):
+            for case in cases(model, step_of(model, dtype=dtype)):
                 OP[case.op].kernels(recorder, *case.args)
             for one in recorder.compiled:
                 found.setdefault(one.launch.entry, {}).setdefault(str(one.defines), one)
     return found
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, dict[str, Compilable]]:
+    return of_models(torch.bfloat16, BUDGETS)
 
 
 def test_models_use_every_kernel(published: dict) -> None:
@@ -48,16 +53,26 @@ def test_models_use_every_kernel(published: dict) -> None:
     assert entries - published.keys() == {"sparse_attention_since_split", "window_attention_since_split"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_nothing_spills(published: dict, target: str) -> None:
-    for entry, ways in published.items():
+def check(ways_of: dict[str, dict[str, Compilable]], target: str) -> None:
+    for entry, ways in ways_of.items():
         for defines, compilable in ways.items():
             code, used = nvrtc.cubin(compilable, target)
             assert code[:4] == b"\x7fELF"
             assert used.spilled == used.stack == 0, f"{entry} {defines}: {used}"
             assert used.registers * compilable.launch.threads <= 65536
             assert used.shared + compilable.launch.shared <= 227 << 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_spills(published: dict, target: str) -> None:
+    check(published, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "target"), [(torch.float16, "sm_86"), (torch.float32, "sm_90a")], ids=str)
+def test_nothing_spills_in_other_types(dtype: torch.dtype, target: str) -> None:
+    check(of_models(dtype, BUDGETS[-1:]), target)
 
 
 @pytest.mark.slow

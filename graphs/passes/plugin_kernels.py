@@ -14,8 +14,9 @@ from onnx_ir.passes import common
 
 from v4export.graphs.passes.declared_again import declared_again
 from v4export.plugins import BY_NODE
+from v4export.plugins.function_body import VERSION
 from v4export.plugins.kernels.kernel import PLAIN_SHARED, Unfit
-from v4export.plugins.kernels.nodes import NodeWriter
+from v4export.plugins.kernels.nodes import NAMESPACE, NodeWriter
 
 _WORD = ir.DataType.INT32
 _PACKED = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1)
@@ -55,6 +56,8 @@ def plugin_kernels(
     for key in [key for key in model.functions if key[0] == "v4" and key[:2] not in used]:
         model.functions.pop(key)
     common.RemoveUnusedNodesPass()(model)
+    if any(node.domain == NAMESPACE for node in model.graph):
+        model.opset_imports[NAMESPACE] = VERSION
     return kept
 
 

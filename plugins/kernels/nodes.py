@@ -13,15 +13,17 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from v4export.plugins.function_body import DOMAIN, PLUGIN_HINTS, Body
+from v4export.plugins.function_body import VERSION, Body
 from v4export.plugins.kernels import nvrtc
 from v4export.plugins.kernels.kernel import PLAIN_SHARED, Compilable, Constant, Kernel, Typed
 from v4export.plugins.limits import MAX_ELEMENTS
 
+#: Domain of the nodes, and namespace of their plugins: not that of the ops, some of which have the names of kernels.
+NAMESPACE = "v4_kernels"
 #: Attributes of every node: how to launch it, and what.
 LAUNCH, CODE = "launch", "ptx"
 #: That a plugin compiled ahead of time is preferred, where there is a choice.
-_HINTS = {**PLUGIN_HINTS, "aot": 1}
+_HINTS = {"plugin_namespace": NAMESPACE, "plugin_version": str(VERSION), "aot": 1}
 _NAMES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
@@ -53,7 +55,7 @@ class NodeWriter:
         launch = compiled.launch
         self.compiled.append(compiled)
         outputs = self.body.ops(
-            kernel.name, *values, outputs=len(launch.outputs), domain=DOMAIN,
+            kernel.name, *values, outputs=len(launch.outputs), domain=NAMESPACE,
             **{LAUNCH: launch.text(), CODE: nvrtc.ptx(compiled)}, **_HINTS,
         )  # fmt: skip
         for value, (dtype, dims) in zip(outputs, launch.outputs, strict=True):
@@ -92,7 +94,7 @@ class NodeWriter:
 def kernel_nodes(path: Path) -> list[onnx.NodeProto]:
     """The nodes of a graph on disk that launch kernels."""
     nodes = onnx.load(path, load_external_data=False).graph.node
-    return [node for node in nodes if node.domain == DOMAIN and any(a.name == CODE for a in node.attribute)]
+    return [node for node in nodes if node.domain == NAMESPACE]
 
 
 def _dims(value: ir.Value) -> list[int]:

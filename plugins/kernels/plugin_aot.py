@@ -11,9 +11,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from v4export.plugins.function_body import DOMAIN
 from v4export.plugins.kernels.kernel import Launch
-from v4export.plugins.kernels.nodes import CODE, LAUNCH
+from v4export.plugins.kernels.nodes import CODE, LAUNCH, NAMESPACE
 from v4export.plugins.kernels.plugin_v3 import TYPES
 
 #: How combinations of types are written; every other type is called as in ``trt.DataType``.
@@ -29,7 +28,7 @@ def register(trtp: Any, trt: Any, kernels: Mapping[str, tuple[int, int]]) -> Non
         kernels: of each name, how many inputs and outputs its nodes have.
     """
     for name, (inputs, outputs) in kernels.items():
-        _Plugin(trtp, trt, inputs, outputs).register(f"{DOMAIN}::{name}")
+        _Plugin(trtp, trt, inputs, outputs).register(f"{NAMESPACE}::{name}")
 
 
 class _Plugin:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from v4export.plugins.function_body import DOMAIN, VERSION
+from v4export.plugins.function_body import VERSION
 from v4export.plugins.kernels.kernel import Launch
-from v4export.plugins.kernels.nodes import CODE, LAUNCH
+from v4export.plugins.kernels.nodes import CODE, LAUNCH, NAMESPACE
 
 #: Names of types in TensorRT.
 TYPES = {
@@ -36,7 +36,7 @@ def register(trt: Any, names: Iterable[str]) -> list[Any]:
     make = _creator_class(trt, _plugin_class(trt))
     creators = [make(name) for name in names]
     for creator in creators:
-        trt.get_plugin_registry().register_creator(creator, DOMAIN)
+        trt.get_plugin_registry().register_creator(creator, NAMESPACE)
     return creators
 
 
@@ -62,7 +62,7 @@ def _plugin_class(trt: Any) -> Any:
         def __init__(self, name: str, launch: str, code: str) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
                 base.__init__(self)
-            self.plugin_name, self.plugin_version, self.plugin_namespace = name, str(VERSION), DOMAIN
+            self.plugin_name, self.plugin_version, self.plugin_namespace = name, str(VERSION), NAMESPACE
             self._texts = {LAUNCH: launch, CODE: code}
             # TensorRT reads fields after they were handed to it, and keeps nothing of Python's alive.
             self._bytes = {key: _characters(text) for key, text in self._texts.items()}
@@ -130,7 +130,7 @@ def _creator_class(trt: Any, plugin: Any) -> Any:
 
         def __init__(self, name: str) -> None:
             trt.IPluginCreatorV3One.__init__(self)
-            self.name, self.plugin_version, self.plugin_namespace = name, str(VERSION), DOMAIN
+            self.name, self.plugin_version, self.plugin_namespace = name, str(VERSION), NAMESPACE
             self._nothing = _characters("")
             self.field_names = trt.PluginFieldCollection([_field(trt, key, self._nothing) for key in (LAUNCH, CODE)])
 

@@ -12,7 +12,7 @@ namespace v4
 {
 
 inline constexpr char const* kVERSION = "1";
-inline constexpr char const* kNAMESPACE = "v4";
+inline constexpr char const* kNAMESPACE = "v4_kernels";
 
 class KernelPlugin final : public nvinfer1::IPluginV3,
                            public nvinfer1::IPluginV3OneCore,

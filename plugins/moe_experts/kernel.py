@@ -20,7 +20,7 @@ FORMATS = {"uint8": "FP4", "float4_e2m1": "FP4", "float8_e4m3fn": "FP8"}
 #: Columns of an FP8 block must be a multiple of what a product takes between two multipliers.
 FP8_COLUMNS = 64
 #: Tokens of a tile, by the form of matrices: as many as leave registers for two blocks of threads and more.
-TOKENS = {"PLAIN": 32, "FP8": 32, "FP4": 16}
+TOKENS = {"PLAIN": 32, "FP8": 16, "FP4": 16}
 _ROWS = 16
 
 SORT = Kernel(
@@ -53,7 +53,7 @@ def _stacks(parts: int, *names: str) -> list[str]:
 
 
 def _choose(d: Sizes) -> Mapping[str, Constant]:
-    """Whether rows of activations' numbers are whole vectors, and how many blocks share a multiprocessor's registers."""
+    """Whether rows of activations' numbers are whole vectors, and how many blocks share registers."""
     return {"EVEN": int(d.D % 8 == 0 and d.F % 8 == 0), "RESIDENT": 2 if d.type_T == ACTIVATIONS[0] else 3}
 
 

@@ -17,7 +17,7 @@ from onnx.reference.op_run import OpRun
 from v4export.graphs.lower import lower_for_plugins
 from v4export.plugins.kernels.call import _DTYPES, Caller, _dims
 from v4export.plugins.kernels.kernel import Compilable, Typed
-from v4export.plugins.kernels.nodes import kernel_nodes
+from v4export.plugins.kernels.nodes import NAMESPACE, kernel_nodes
 
 
 class EmulatedGraph:
@@ -64,4 +64,4 @@ class EmulatedGraph:
             Caller().launch(one, dims, inputs, outputs)
             return tuple(output.numpy() for output in outputs)
 
-        return type(kind, (OpRun,), {"op_domain": "v4", "_run": run})
+        return type(kind, (OpRun,), {"op_domain": NAMESPACE, "_run": run})

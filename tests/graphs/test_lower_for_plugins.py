@@ -15,7 +15,7 @@ from v4export import api, presets
 from v4export.graphs.passes.plugin_kernels import arguments, plugin_kernels
 from v4export.plugins import BY_NODE, OPS
 from v4export.plugins.kernels.emulate import compiler
-from v4export.plugins.kernels.nodes import CODE, LAUNCH
+from v4export.plugins.kernels.nodes import CODE, LAUNCH, NAMESPACE
 
 PRESETS = ("tiny-v3", "tiny-v3.2", "tiny-v4", "tiny-v4.1")
 
@@ -73,13 +73,13 @@ def kernel_graph(folder: Path, **options) -> tuple[ir.Model, dict[str, str]]:
 
 def test_every_launch_is_a_node_with_its_code(exported) -> None:
     model, kept = kernel_graph(exported("tiny-v3", "fp8"))
-    launches, config = [node for node in model.graph if node.domain == "v4"], presets.load("tiny-v3")
+    launches, config = [node for node in model.graph if node.domain == NAMESPACE], presets.load("tiny-v3")
     assert kept == {} and len(launches) == 2 * config.num_layers + 5 * len(config.moe_layers)
     for node in launches:
         attributes = node.attributes
         assert attributes[LAUNCH].as_string().startswith(f"entry {attributes[LAUNCH].as_string().split()[1]}\nthreads")
         assert f".visible .entry {attributes[LAUNCH].as_string().split()[1]}(" in attributes[CODE].as_string()
-        assert attributes["plugin_namespace"].as_string() == "v4" and attributes["aot"].as_int() == 1
+        assert attributes["plugin_namespace"].as_string() == NAMESPACE and attributes["aot"].as_int() == 1
     assert {key[1] for key in model.functions} == {"TRT_BlockDequantize"}
 
 
@@ -97,8 +97,9 @@ def test_packed_experts_are_the_words_of_the_file(exported) -> None:
 
 def test_ops_that_are_not_wanted_keep_their_bodies(exported) -> None:
     model, kept = kernel_graph(exported("tiny-v3", "fp8"), wanted=lambda op: op == "MoeRoute")
-    kinds = {node.op_type for node in model.graph if node.domain == "v4"}
-    assert kinds == {"MoeRoute", "MoeExperts", "LatentAttention"} and kept == {}
+    kinds = {(node.domain, node.op_type) for node in model.graph if node.domain.startswith("v4")}
+    assert kinds == {(NAMESPACE, "MoeRoute"), ("v4", "MoeExperts"), ("v4", "LatentAttention")} and kept == {}
+    assert ("v4", "MoeRoute") not in {key[:2] for key in model.functions}
     assert {"MoeExperts", "LatentAttention"} <= {key[1] for key in model.functions}
 
 

@@ -101,8 +101,8 @@ def main(model: str, stubs: str) -> None:
     for name, node in nodes.items():
         inputs = [shapes[i] for i in node.input]
         attributes = {a.name: a.s.decode() for a in node.attribute if a.name in ("launch", "ptx")}
-        definition, builder = lib.QDP_REGISTRY[f"v4::{name}"], Builder(trt)
-        plugin = lib._TemplateAOTPlugin(name, "v4", definition.num_outputs)
+        definition, builder = lib.QDP_REGISTRY[f"v4_kernels::{name}"], Builder(trt)
+        plugin = lib._TemplateAOTPlugin(name, "v4_kernels", definition.num_outputs)
         plugin.init(
             definition.register_func, attributes, definition.aot_impl_attr_names, definition.aot_impl_func,
             definition.autotune_attr_names, definition.autotune_func,

@@ -75,7 +75,7 @@ def hosted(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     first, *others = done.stdout.splitlines()
-    assert first == f"creators {(SOURCES / 'kernels.inc').read_text().count('KERNEL(')} 1 v4"
+    assert first == f"creators {(SOURCES / 'kernels.inc').read_text().count('KERNEL(')} 1 v4_kernels"
     return others, done.stderr
 
 

@@ -30,8 +30,6 @@ from v4export.engine.evidence import (
     read_plan,
     read_weights,
 )
-from v4export.plugins.kernels import plugin_aot, plugin_v3
-from v4export.plugins.kernels.nodes import kernel_nodes
 from v4export.progress import peak_memory_mib
 
 #: A message that means the engine would compute something else than the graph says.
@@ -114,13 +112,16 @@ def _first_line(text: str) -> str:
 
 def register_plugins(trt: Any, request: dict[str, Any]) -> tuple[int, Any]:
     """How many nodes of the graph launch kernels, and their plugins' creators, registered."""
+    if request["plugins"] == "none":
+        return 0, None
+    # Imported where there are any: ops bring PyTorch along, which takes longer than many a build.
+    from v4export.plugins.kernels import plugin_aot, plugin_v3
+    from v4export.plugins.kernels.nodes import kernel_nodes
+
     nodes = kernel_nodes(Path(request["onnx"]))
     kinds = {node.op_type: (len(node.input), len(node.output)) for node in nodes}
-    if not kinds:
-        return 0, None
     if request["plugins"] == "aot":
-        plugin = importlib.import_module(f"{request['backend']}.plugin")
-        return len(nodes), plugin_aot.register(plugin, trt, kinds)
+        return len(nodes), plugin_aot.register(importlib.import_module(f"{request['backend']}.plugin"), trt, kinds)
     return len(nodes), plugin_v3.register(trt, kinds)
 
 

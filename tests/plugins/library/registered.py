@@ -28,16 +28,22 @@ def model() -> onnx.ModelProto:
     def value(name: str, dtype: int, dims: list | None) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, dtype, dims)
 
-    hints = {"plugin_namespace": "v4", "plugin_version": "1"}
+    hints = {"plugin_namespace": "v4_kernels", "plugin_version": "1"}
     nodes = [
         helper.make_node("Neg", ["logits"], ["negated"]),
         helper.make_node(
-            "MoeRoute", ["negated", "bias"], ["weights", "indices"], domain="v4", ptx=PTX, launch=LAUNCH, **hints
+            "MoeRoute",
+            ["negated", "bias"],
+            ["weights", "indices"],
+            domain="v4_kernels",
+            ptx=PTX,
+            launch=LAUNCH,
+            **hints,
         ),
     ]
     inputs = [value("logits", TensorProto.FLOAT, ["m", 16]), value("bias", TensorProto.FLOAT, [16])]
     outputs = [value("weights", TensorProto.FLOAT, ["m", 4]), value("indices", TensorProto.INT64, ["m", 4])]
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("v4", 1)]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("v4_kernels", 1)]
     graph = helper.make_graph(nodes, "route", inputs, outputs)
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 

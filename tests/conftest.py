@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,10 +24,12 @@ TRAINED = (ROOT / "examples" / "tiny-v3", ROOT.parent / "shared" / "checkpoints"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_is_traced_twice() -> Iterator[None]:
-    """Exports trace each kind of block once for the whole test run, however many bundles are made."""
+def _nothing_is_traced_twice(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Exports trace each kind of block once for the whole test run, however many bundles and processes there are."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("v4export.graphs.export.trace_parts", traced_once)
+        patch.setattr("v4export.graphs.export.trace_parts", traced_once(shared))
         yield
 
 

@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir as ir
+
 from v4export import api
-from v4export.graphs.trace import trace_parts
+from v4export.graphs.trace import Part, trace_parts
 from v4export.package.bundle import Bundle
 
-#: A trace depends on the configuration and the precision alone, and is only read.
-traced_once = functools.cache(trace_parts)
+
+def traced_once(folder: Path) -> Callable[..., dict[str, Part]]:
+    """``trace_parts`` with a memory, also of what other processes of the run have traced and left in ``folder``.
+
+    A trace depends on its arguments alone, and is only read.
+    """
+
+    @functools.cache
+    def parts(*args: Any, **options: Any) -> dict[str, Part]:
+        path = folder / f"{hashlib.sha256(repr((args, sorted(options.items()))).encode()).hexdigest()}.trace"
+        if path.exists():
+            return {name: _read(stored) for name, stored in pickle.loads(path.read_bytes()).items()}
+        traced = trace_parts(*args, **options)
+        own = path.with_suffix(f".{os.getpid()}")
+        own.write_bytes(pickle.dumps({name: _written(part) for name, part in traced.items()}))
+        own.replace(path)
+        return traced
+
+    return parts
+
+
+def _written(part: Part) -> tuple[bytes, Any]:
+    graph = ir.serde.serialize_graph(part.graph).SerializeToString()
+    return graph, (dict(part.graph.opset_imports), part.reads, part.weights, part.outputs)
+
+
+def _read(stored: tuple[bytes, Any]) -> Part:
+    proto, (opsets, reads, weights, outputs) = onnx.GraphProto(), stored[1]
+    proto.ParseFromString(stored[0])
+    graph = ir.serde.deserialize_graph(proto)
+    graph.opset_imports.update(opsets)
+    return Part(graph, reads, weights, outputs)
 
 
 def export_bundle(checkpoint: Path, out: Path, precision: str, **options: Any) -> Bundle:

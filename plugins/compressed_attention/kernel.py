@@ -19,4 +19,4 @@ SPLIT = split(
 def kernels(call: Any, q, new, ring, new_entry, entry, position, sinks, ratio, scale):  # type: ignore[no-untyped-def]
     """The op as calls of kernels."""
     shares = call(SPLIT, q, new, ring, new_entry, entry, position, RATIO=ratio, SCALE=float(scale))
-    return combine(call, *shares, call.dtype_of(q), sinks)
+    return combine(call, shares, call.dtype_of(q), sinks)

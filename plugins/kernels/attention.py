@@ -88,8 +88,8 @@ def _combine(sinks: bool) -> Kernel:
 COMBINE, COMBINE_SINKS = _combine(False), _combine(True)
 
 
-def combine(call: Any, partial: Any, extent: Any, dtype: str, sinks: Any = None) -> Any:
-    """z [M, H, L] of type ``dtype`` from what a split kernel left: a tuple of one."""
+def combine(call: Any, shares: Any, dtype: str, sinks: Any = None) -> Any:
+    """z [M, H, L] of type ``dtype`` from what a split kernel left, its outputs: a tuple of one."""
     if sinks is None:
-        return call(COMBINE, partial, extent, TYPE=dtype)
-    return call(COMBINE_SINKS, partial, extent, sinks, TYPE=dtype)
+        return call(COMBINE, *shares, TYPE=dtype)
+    return call(COMBINE_SINKS, *shares, sinks, TYPE=dtype)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from v4export.plugins.kernels import nvrtc
-from v4export.plugins.kernels.kernel import PLAIN_SHARED, Compilable
+from v4export.plugins.kernels.kernel import PLAIN_SHARED, Compilable, Grid, Launch, Parameters
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_MAX_SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 
 
 @functools.cache
@@ -29,33 +31,66 @@ def _checked(failed: int, what: str) -> None:
 @functools.cache
 def shared_limit(device: int) -> int:
     """Shared memory that a block may ask for, in bytes."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    handle, most = ctypes.c_int(), ctypes.c_int()
+    _checked(_driver().cuInit(0), "starting CUDA")
+    _checked(_driver().cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+    _checked(
+        _driver().cuDeviceGetAttribute(ctypes.byref(most), _MAX_SHARED_OPTIN, handle), "asking for its shared memory"
+    )
+    return most.value
 
 
 @functools.cache
-def _function(compilable: Compilable, device: int) -> ctypes.c_void_p:
-    """The loaded kernel. PyTorch has made the device's context current."""
-    major, minor = torch.cuda.get_device_capability(device)
-    code, _ = nvrtc.cubin(compilable, f"sm_{major}{minor}")
+def _function(code: bytes, entry: str, shared: int, device: int) -> ctypes.c_void_p:
+    """A kernel of machine code or PTX, loaded into the context that PyTorch has made current for the device."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    entry = compilable.launch.entry
     _checked(_driver().cuModuleLoadData(ctypes.byref(module), code), f"loading {entry}")
     _checked(_driver().cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), f"finding {entry}")
-    if compilable.launch.shared > PLAIN_SHARED:
-        asked = _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, compilable.launch.shared)
-        _checked(asked, f"{entry} asks for {compilable.launch.shared} bytes of shared memory")
+    if shared > PLAIN_SHARED:
+        asked = _driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared)
+        _checked(asked, f"{entry} asks for {shared} bytes of shared memory")
     return function
 
 
-def launch(
-    compilable: Compilable, grid: tuple[int, int, int], parameters: list[ctypes.c_void_p | ctypes.c_int]
-) -> None:
+@functools.cache
+def _compiled(compilable: Compilable, device: int) -> ctypes.c_void_p:
+    major, minor = torch.cuda.get_device_capability(device)
+    code, _ = nvrtc.cubin(compilable, f"sm_{major}{minor}")
+    return _function(code, compilable.launch.entry, compilable.launch.shared, device)
+
+
+def launch(compilable: Compilable, grid: Grid, parameters: Parameters) -> None:
     """Put a kernel on PyTorch's current stream."""
-    function = _function(compilable, torch.cuda.current_device())
+    function = _compiled(compilable, torch.cuda.current_device())
+    _put(function, compilable.launch, grid, parameters, torch.cuda.current_stream().cuda_stream)
+
+
+def launch_text(
+    launch: Launch, code: str, dims: Mapping[str, int], sources: Sequence[int], results: Sequence[int], stream: int
+) -> None:
+    """Put a kernel on a stream from what its node says.
+
+    Args:
+        launch: of the node.
+        code: its PTX.
+        dims: of its inputs.
+        sources, results: addresses of inputs and outputs.
+        stream: a CUDA stream.
+    """
+    x, y, z = (blocks.evaluate(dims) for blocks in launch.grid)
+    if not (x and y and z):
+        return
+    function = _function(code.encode() + b"\0", launch.entry, launch.shared, torch.cuda.current_device())
+    scalars = [ctypes.c_int(scalar.evaluate(dims)) for scalar in launch.scalars]
+    pointers = [[ctypes.c_void_p(address) for address in group] for group in (sources, results)]
+    _put(function, launch, (x, y, z), [*pointers[0], *scalars, *pointers[1]], stream)
+
+
+def _put(function: ctypes.c_void_p, launch: Launch, grid: Grid, parameters: Parameters, stream: int) -> None:
     places = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    block = (compilable.launch.threads, 1, 1)
     _checked(
-        _driver().cuLaunchKernel(function, *grid, *block, compilable.launch.shared, stream, places, None),
-        f"launching {compilable.launch.entry} on a grid of {grid}",
+        _driver().cuLaunchKernel(
+            function, *grid, launch.threads, 1, 1, launch.shared, ctypes.c_void_p(stream), places, None
+        ),
+        f"launching {launch.entry} on a grid of {grid}",
     )

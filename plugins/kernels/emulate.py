@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from v4export.plugins.kernels.kernel import Compilable
+from v4export.plugins.kernels.kernel import Compilable, Grid, Parameters
 from v4export.plugins.kernels.store import stored
 
 _EMULATOR = Path(__file__).with_name("emulated.hpp")
@@ -45,9 +45,7 @@ def _library(compilable: Compilable) -> ctypes.CDLL:
     return ctypes.CDLL(str(stored(f"{compilable.launch.entry}-{key}.so", compile_to)))
 
 
-def launch(
-    compilable: Compilable, grid: tuple[int, int, int], parameters: list[ctypes.c_void_p | ctypes.c_int]
-) -> None:
+def launch(compilable: Compilable, grid: Grid, parameters: Parameters) -> None:
     """Run every block of the grid, one after the other."""
     places = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
     shape = (ctypes.c_int * 3)(*grid)

@@ -6,6 +6,7 @@ outputs. Whatever else a kernel needs to know, a float above all, is a constant 
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ ACTIVATIONS = ("float32", "float16", "bfloat16")
 _INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)
 
 Constant = int | float | str
+#: Blocks in x, y and z, and values of a kernel's parameters: what a launch comes to.
+Grid = tuple[int, int, int]
+Parameters = Sequence[ctypes.c_void_p | ctypes.c_int]
 
 
 class Unfit(ValueError):

@@ -59,7 +59,7 @@ class NodeWriter:
             **{LAUNCH: launch.text(), CODE: nvrtc.ptx(compiled)}, **_HINTS,
         )  # fmt: skip
         for value, (dtype, dims) in zip(outputs, launch.outputs, strict=True):
-            value.dtype = _DTYPES[dtype]
+            value.type = ir.TensorType(_DTYPES[dtype])
             value.shape = ir.Shape([d.value if isinstance(d.value, int) else None for d in dims])
         return tuple(outputs)
 
@@ -71,7 +71,7 @@ class NodeWriter:
     def reshape(self, value: ir.Value, *dims: int) -> ir.Value:
         """The same numbers in another shape."""
         out = self.body.reshape(value, *dims)
-        out.dtype, out.shape = value.dtype, ir.Shape([None if d < 0 else d for d in dims])
+        out.type, out.shape = value.type, ir.Shape([None if d < 0 else d for d in dims])
         return out
 
     def tables(self, *lists: Sequence[ir.Value]) -> tuple[list[ir.Value], dict[str, int]]:
@@ -87,7 +87,7 @@ class NodeWriter:
 
     def _stack(self, matrices: Sequence[ir.Value]) -> ir.Value:
         stack = self.body.op("Concat", *matrices, axis=0)
-        stack.dtype, stack.shape = matrices[0].dtype, ir.Shape([len(matrices), *_dims(matrices[0])[1:]])
+        stack.type, stack.shape = matrices[0].type, ir.Shape([len(matrices), *_dims(matrices[0])[1:]])
         return stack
 
 

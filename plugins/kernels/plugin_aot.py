@@ -47,14 +47,17 @@ class _Plugin:
         }
 
     def register(self, plugin_id: str) -> None:
-        trtp, outputs = self.trtp, tuple[(self.trtp.TensorDesc,) * self.outputs]  # type: ignore[misc]
-        tensors = [(f"input{i}", trtp.TensorDesc) for i in range(self.inputs)]
-        texts, many = [(LAUNCH, str), (CODE, str)], tuple[trtp.TensorDesc]
-        compiled = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
-        trtp.register(plugin_id)(_signed(self.describe, [*tensors, *texts], outputs))
-        trtp.autotune(plugin_id)(_signed(self.types, [*tensors, ("outputs", many)], list[trtp.AutoTuneCombination]))
-        every = [*tensors, *texts, ("outputs", many), ("tactic", int)]
-        trtp.aot_impl(plugin_id)(_signed(self.compiled, every, compiled))
+        trtp = self.trtp
+        tensor, texts = trtp.TensorDesc, [(LAUNCH, str), (CODE, str)]
+        tensors = [(f"input{i}", tensor) for i in range(self.inputs)]
+        some = ("outputs", _tuple_of(tensor))
+        compiled = _tuple_of(str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs)
+        described = _signed(self.describe, [*tensors, *texts], _tuple_of(*[tensor] * self.outputs))
+        trtp.register(plugin_id)(described)
+        trtp.autotune(plugin_id)(
+            _signed(self.types, [*tensors, some], list.__class_getitem__(trtp.AutoTuneCombination))
+        )
+        trtp.aot_impl(plugin_id)(_signed(self.compiled, [*tensors, *texts, some, ("tactic", int)], compiled))
 
     def describe(self, *args: Any) -> tuple[Any, ...]:
         """The outputs, from the inputs and the two texts."""
@@ -86,6 +89,11 @@ class _Plugin:
 
     def _size(self, size: Any, dims: dict[str, Any]) -> Any:
         return size.evaluate(dims, self.algebra, self.trtp.ShapeExpr)
+
+
+def _tuple_of(*types: Any) -> Any:
+    """``tuple[...]`` of types that are only known here."""
+    return tuple.__class_getitem__(types)
 
 
 def _launch(text: str) -> Launch:

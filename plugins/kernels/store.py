@@ -17,7 +17,7 @@ def folder() -> Path:
     return Path(base) / "kernels"
 
 
-def stored(name: str, make: Callable[[Path], None]) -> Path:
+def stored(name: str, make: Callable[[Path], object]) -> Path:
     """The file of that name, made if there is none. Of several makers at once, one is kept."""
     path = folder() / name
     if not path.exists():

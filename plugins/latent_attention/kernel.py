@@ -19,4 +19,4 @@ SPLIT = split(
 
 def kernels(call: Any, q, new, cache, position, latent_width, scale):  # type: ignore[no-untyped-def]
     """The op as calls of kernels."""
-    return combine(call, *call(SPLIT, q, new, cache, position, L=latent_width, SCALE=float(scale)), call.dtype_of(q))
+    return combine(call, call(SPLIT, q, new, cache, position, L=latent_width, SCALE=float(scale)), call.dtype_of(q))

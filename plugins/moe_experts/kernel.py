@@ -40,7 +40,7 @@ SUM = Kernel(
     outputs=("y T M D",),
     compiled="D",
     scalars="K",
-    grid=lambda d: (cdiv(d.D, 256), d.M),
+    grid=lambda d: (d.M, cdiv(d.D, 256)),
     threads=lambda _: 256,
 )
 

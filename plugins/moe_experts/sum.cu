@@ -5,9 +5,9 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 expert_sum(const float* __restrict__ out, int K, TYPE_T* __restrict__ y) {
-  const int column = blockIdx.x * THREADS + threadIdx.x;
+  const int column = blockIdx.y * THREADS + threadIdx.x;
   if (column >= DIM_D) return;
-  const long long m = blockIdx.y;
+  const long long m = blockIdx.x;
   float sum = 0;
 #pragma unroll 8
   for (int k = 0; k < K; ++k) sum += out[(m * K + k) * DIM_D + column];

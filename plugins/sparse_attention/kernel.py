@@ -35,4 +35,4 @@ def kernels(call: Any, q, new, ring, new_entry, entry, selected, position, sinks
         shares = call(SPLIT, *operands, SINCE=0, **constants)
     else:
         shares = call(SPLIT_SINCE, *operands, since, SINCE=1, **constants)
-    return combine(call, *shares, call.dtype_of(q), sinks)
+    return combine(call, shares, call.dtype_of(q), sinks)

@@ -20,4 +20,4 @@ SPLIT = split(
 def kernels(call: Any, q, new, cache, selected, position, latent_width, scale):  # type: ignore[no-untyped-def]
     """The op as calls of kernels."""
     shares = call(SPLIT, q, new, cache, selected, position, L=latent_width, SCALE=float(scale))
-    return combine(call, *shares, call.dtype_of(q))
+    return combine(call, shares, call.dtype_of(q))

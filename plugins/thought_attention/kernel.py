@@ -20,4 +20,4 @@ SPLIT = split(
 
 def kernels(call: Any, q, own, cache, thought_at, latent_width, scale):  # type: ignore[no-untyped-def]
     """The op as calls of kernels."""
-    return combine(call, *call(SPLIT, q, own, cache, thought_at, L=latent_width, SCALE=float(scale)), call.dtype_of(q))
+    return combine(call, call(SPLIT, q, own, cache, thought_at, L=latent_width, SCALE=float(scale)), call.dtype_of(q))

@@ -22,4 +22,4 @@ def kernels(call: Any, q, new, ring, position, sinks, scale, since=None):  # typ
         shares = call(SPLIT, *operands, SCALE=float(scale), SINCE=0)
     else:
         shares = call(SPLIT_SINCE, *operands, since, SCALE=float(scale), SINCE=1)
-    return combine(call, *shares, call.dtype_of(q), sinks)
+    return combine(call, shares, call.dtype_of(q), sinks)

@@ -13,7 +13,7 @@ from v4export.errors import NotSupported
 from v4export.plugins.kernels.nodes import kernel_nodes
 
 pytestmark = pytest.mark.slow
-CASES = [("tiny-v3", "fp8", "sm89"), ("tiny-v4-fp4", "mxfp4", "sm120"), ("tiny-v4.1", "bf16", "sm80")]
+CASES = [("tiny-v3", "fp8", "sm89"), ("tiny-v4-fp4", "mxfp4", "sm120"), ("tiny-v4.1", "fp16", "sm80")]
 
 
 @pytest.mark.parametrize(("preset", "precision", "target"), CASES)

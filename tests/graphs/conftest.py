@@ -10,13 +10,13 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from traced import traced_once
 
 from v4export import presets
 from v4export.checkpoint import names
 from v4export.checkpoint.formats import grid
 from v4export.checkpoint.names import SCALE
 from v4export.config import ModelConfig
+from v4export.graphs import export
 from v4export.graphs.export import STAMPS
 from v4export.graphs.stamp import stamp
 from v4export.graphs.trace import Part
@@ -35,7 +35,7 @@ def trace() -> Trace:
         key = (preset, precision, *sorted(changes.items()))
         if key not in made:
             config = replace(presets.load(preset), **changes)
-            made[key] = config, PRECISIONS[precision], traced_once(config, PRECISIONS[precision])
+            made[key] = config, PRECISIONS[precision], export.trace_parts(config, PRECISIONS[precision])
         return made[key]
 
     return make

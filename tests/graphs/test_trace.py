@@ -3,13 +3,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import onnx_ir as ir
 import psutil
 import pytest
+from traced import traced_once
 
 from v4export import presets
 from v4export.config import Reasoning
 from v4export.graphs.trace import ROWS, THINK, THINK_MIX, THINK_STEP
 from v4export.model.load import hub_name
+from v4export.precision import precision
 from v4export.state_contract import state_tensors
 
 pytestmark = pytest.mark.slow
@@ -216,3 +219,16 @@ def test_parameters_of_a_head_that_thinks_have_hub_names():
         outside = ("model.embed_tokens.weight", "model.norm.weight", "model.hc_head.", "lm_head.weight")
         wanted = {n for n in names.expected(config) if n.startswith(("model.reasoning.", *outside))}
         assert {hub_name(name, config) for name, _ in head.named_parameters()} == wanted
+
+
+@pytest.mark.slow
+def test_a_trace_that_was_kept_is_the_trace(tmp_path):
+    """What tests share between processes: the same graphs, and the same way to fill them."""
+    config = presets.load("tiny-v3")
+    arguments = config, precision("fp8", config)
+    traced, read = (traced_once(tmp_path)(*arguments) for _ in range(2))
+    assert len(list(tmp_path.iterdir())) == 1
+    for name, part in traced.items():
+        one, two = (ir.serde.serialize_graph(p.graph).SerializeToString() for p in (part, read[name]))
+        assert one == two and part.graph.opset_imports == read[name].graph.opset_imports
+        assert (part.reads, part.weights, part.outputs) == (read[name].reads, read[name].weights, read[name].outputs)

@@ -121,7 +121,8 @@ def register_plugins(trt: Any, request: dict[str, Any]) -> tuple[int, Any]:
     nodes = kernel_nodes(Path(request["onnx"]))
     kinds = {node.op_type: (len(node.input), len(node.output)) for node in nodes}
     if request["plugins"] == "aot":
-        return len(nodes), plugin_aot.register(importlib.import_module(f"{request['backend']}.plugin"), trt, kinds)
+        plugin_aot.register(importlib.import_module(f"{request['backend']}.plugin"), trt, kinds)
+        return len(nodes), None
     return len(nodes), plugin_v3.register(trt, kinds)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import call
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.is_file()]
@@ -43,7 +42,8 @@ def test_collection():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_run(page, tmp_path):
+def test_commands_run(page, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     made: set[str] = set()
     for command in commands(page.read_text()):
@@ -51,9 +51,6 @@ def test_commands_run(page, tmp_path):
         if verb in NEEDS and not (tmp_path / model).exists():
             assert model not in made, f"{command} needs what a command before it should have made"
             continue
-        done = subprocess.run(
-            [sys.executable, "-c", "from v4export.cli import main; main()", *command[1:]],
-            cwd=tmp_path, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+        done = call(capfd, *command[1:])
+        assert done.code == 0, f"{shlex.join(command)}\n{done.out}\n{done.err}"
         made.update(made_by(command))

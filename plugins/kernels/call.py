@@ -50,7 +50,7 @@ class Caller:
             its outputs, new tensors.
         """
         device = tensors[0].device
-        inputs = [tensor.contiguous() for tensor in tensors]
+        inputs = [_readable(tensor) for tensor in tensors]
         operands = tuple(Typed(_NAMES[t.dtype], tuple(t.shape)) for t in inputs)
         compiled = _compilable(kernel, operands, tuple(sorted(constants.items())), self._budget(device))
         dims, launch = _dims(operands), compiled.launch
@@ -69,7 +69,7 @@ class Caller:
         """
         tables = []
         for matrices in filter(None, lists):
-            aligned = [m if m.is_contiguous() and m.data_ptr() % 16 == 0 else m.clone() for m in matrices]
+            aligned = [_readable(matrix) for matrix in matrices]
             table = _addresses(tuple(m.data_ptr() for m in aligned), aligned[0].device)
             tables.append(table)
             self._kept.append(aligned)
@@ -131,6 +131,12 @@ class Recorder(Caller):
 
 
 call = Caller()
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers behind each other and on a multiple of 16 bytes, as kernels read them."""
+    packed = tensor.contiguous()
+    return packed if packed.data_ptr() % 16 == 0 else packed.clone()
 
 
 @functools.lru_cache(maxsize=4096)

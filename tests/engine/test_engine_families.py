@@ -9,10 +9,11 @@ from pathlib import Path
 
 import onnx
 import pytest
+from small_models import small
 
 from v4export import api, presets
 from v4export.checkpoint.synth import synth
-from v4export.config import FULL, REINDEX, REUSE, ModelConfig, Reasoning
+from v4export.config import Reasoning
 from v4export.engine.options import EngineOptions, engine_of
 from v4export.engine.preflight import preflight
 from v4export.engine.profiles import derive_profiles, input_dims
@@ -36,31 +37,15 @@ CASES = [
 ]
 
 
-def model(preset: str) -> ModelConfig:
-    """A preset; of DeepSeek-V4.1 four layers, among which is every kind that has entries."""
-    config = presets.load(preset)
-    c = config.compressed
-    if c is None or c.shared is None:
-        return config
-    shared = replace(c.shared, kv_sources=(0, 2), index_sources=(0, 2, 3), candidate_source=2)
-    return replace(
-        config,
-        num_layers=4,
-        moe_layers=(0, 1, 2, 3),
-        compressed=replace(c, layers=(FULL, REUSE, FULL, REINDEX), ratios=(2, 2, 1, 1), shared=shared),
-        engram=replace(config.engram, layers=(1,)),
-    )
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory):
-    return functools.cache(lambda preset: synth(model(preset), tmp_path_factory.mktemp("hub") / preset))
+    return functools.cache(lambda preset: synth(small(preset), tmp_path_factory.mktemp("hub") / preset))
 
 
 @pytest.mark.parametrize(("preset", "precision", "target"), CASES)
 def test_engine(checkpoint, tmp_path, preset, precision, target):
     pytest.importorskip("tensorrt_rtx")
-    config = model(preset)
+    config = small(preset)
     out = tmp_path / "out"
     api.export(checkpoint(preset), out, precision=precision, max_seq_len=LENGTH)
     assert preflight(out / PORTABLE) == []
@@ -81,7 +66,7 @@ def test_engine(checkpoint, tmp_path, preset, precision, target):
     if precision in ("fp8", "mxfp4"):
         assert report.layers["DEQUANTIZE"] > experts
     if precision == "mxfp4":
-        assert proofs["the network reads fp4 weights"].startswith(f"{experts} dequantising layers")
+        assert proofs["the network reads fp4 weights"].startswith(f"{experts} layers that widen")
     if may_skip_decoder(config):
         assert preflight(out / REMEMBERING) == []
         smaller = engine_of(out / REMEMBERING, config, LENGTH, precision, options)

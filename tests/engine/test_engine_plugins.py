@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from small_models import small
 
 from v4export import api
+from v4export.checkpoint.synth import synth
 from v4export.engine.backend import plugin_environment
 from v4export.engine.options import EngineOptions
 from v4export.errors import NotSupported
@@ -22,7 +24,7 @@ def test_every_launch_is_a_layer_and_the_engine_holds_its_code(
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
     options = EngineOptions(targets=[target], backend="tensorrt_rtx", plugins="library", max_chunk=8)
-    checkpoint = api.synth(preset, tmp_path / "hub")
+    checkpoint = synth(small(preset), tmp_path / "hub")
     built = api.build(checkpoint, tmp_path / "out", precision=precision, max_seq_len=64, verify=False, engine=options)
     for name, report in built.engines.items():
         source = tmp_path / "out" / name.replace(".onnx", ".plugins.onnx")

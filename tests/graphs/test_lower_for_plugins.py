@@ -10,8 +10,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from emulated_graph import EmulatedGraph
+from small_models import small
 
 from v4export import api, presets
+from v4export.checkpoint.synth import synth
 from v4export.graphs.passes.plugin_kernels import arguments, plugin_kernels
 from v4export.plugins import BY_NODE, OPS
 from v4export.plugins.kernels.emulate import compiler
@@ -27,7 +29,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
     @functools.cache
     def make(preset: str, precision: str) -> Path:
         folder = tmp_path_factory.mktemp("exported")
-        checkpoint = api.synth(preset, folder / "hub")
+        checkpoint = synth(small(preset), folder / "hub")
         options = {"precision": precision, "max_seq_len": 256, "copy_weights": True}
         return api.export(checkpoint, folder / "out", **options).bundle.folder
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from v4export.plugins.kernels import names, nvrtc
+from v4export.plugins.kernels import names, nvrtc, store
 from v4export.plugins.kernels.call import Recorder
 from v4export.plugins.kernels.kernel import PLAIN_SHARED, Compilable, Typed, Unfit
 
@@ -112,3 +112,10 @@ def test_a_launch_that_needs_too_much_is_refused() -> None:
     wide = type(ROUTE)(**{**vars(ROUTE), "shared": lambda _: 1 << 20})
     with pytest.raises(Unfit, match="1048576 bytes of shared memory"):
         wide.compilable([Typed("float32", (None, 64)), Typed("float32", (64,))], CONSTANTS)
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("V4EXPORT_CACHE", str(tmp_path / "file" / "below"))
+    assert nvrtc.cubin(route(experts=32), "sm_80")[0][:4] == b"\x7fELF"
+    assert store.folder().is_dir() and tmp_path not in store.folder().parents

@@ -155,3 +155,13 @@ def test_a_node_names_what_it_widens() -> None:
                for a in arguments("fp4", SIZES[0], torch.bfloat16)]  # fmt: skip
     kernels(recorder, *on_meta)
     assert [c.kernel.name for c in recorder.compiled] == ["ExpertSort", "ExpertUpFp4", "ExpertDownFp4", "ExpertSum"]
+
+
+def test_operands_anywhere_in_memory() -> None:
+    """Views that are not packed, or do not start on 16 bytes, are read all the same."""
+    args = arguments("plain", (3, 8, 2, 64, 32), torch.bfloat16)
+    wanted = kernels(call, *args)
+    odd = torch.empty(3 * 64 + 1, dtype=torch.bfloat16)[1:].view(3, 64).copy_(args[0])
+    turned = [m.T.contiguous().T for m in args[3]]
+    assert odd.data_ptr() % 16 and not turned[0].is_contiguous()
+    assert torch.equal(kernels(call, odd, *args[1:3], turned, *args[4:])[0], wanted[0])

@@ -12,8 +12,10 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+from small_models import small
 
 from v4export import api
+from v4export.checkpoint.synth import synth
 from v4export.graphs.lower import lower_for_plugins
 from v4export.plugins.kernels.emulate import compiler
 from v4export.plugins.kernels.kernel import PLAIN_SHARED, Launch
@@ -62,7 +64,8 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def driven(preset: str, precision: str, stubs: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """What TensorRT's code makes of each kind of node of a model."""
     graph = (
-        api.export(api.synth(preset, folder / "hub"), folder / "out", precision=precision).bundle.folder / "model.onnx"
+        api.export(synth(small(preset), folder / "hub"), folder / "out", precision=precision).bundle.folder
+        / "model.onnx"
     )
     model, kept = lower_for_plugins(graph, lambda _: True, PLAIN_SHARED)
     assert kept == {}

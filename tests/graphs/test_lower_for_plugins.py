@@ -73,6 +73,7 @@ def kernel_graph(folder: Path, **options) -> tuple[ir.Model, dict[str, str]]:
     return model, plugin_kernels(model, **options)
 
 
+@pytest.mark.slow
 def test_every_launch_is_a_node_with_its_code(exported) -> None:
     model, kept = kernel_graph(exported("tiny-v3", "fp8"))
     launches, config = [node for node in model.graph if node.domain == NAMESPACE], presets.load("tiny-v3")
@@ -85,6 +86,7 @@ def test_every_launch_is_a_node_with_its_code(exported) -> None:
     assert {key[1] for key in model.functions} == {"TRT_BlockDequantize"}
 
 
+@pytest.mark.slow
 def test_packed_experts_are_the_words_of_the_file(exported) -> None:
     """Not a byte is written, and no FP8 initialiser is left but those that TensorRT widens itself."""
     folder = exported("tiny-v3", "fp8")
@@ -97,6 +99,7 @@ def test_packed_experts_are_the_words_of_the_file(exported) -> None:
     )
 
 
+@pytest.mark.slow
 def test_ops_that_are_not_wanted_keep_their_bodies(exported) -> None:
     model, kept = kernel_graph(exported("tiny-v3", "fp8"), wanted=lambda op: op == "MoeRoute")
     kinds = {(node.domain, node.op_type) for node in model.graph if node.domain.startswith("v4")}
@@ -105,6 +108,7 @@ def test_ops_that_are_not_wanted_keep_their_bodies(exported) -> None:
     assert {"MoeExperts", "LatentAttention"} <= {key[1] for key in model.functions}
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_fit_leaves_the_body(exported) -> None:
     model, kept = kernel_graph(exported("tiny-v3", "fp32"), budget=1 << 10)
     assert "bytes of shared memory" in kept["LatentAttention"]

@@ -13,6 +13,8 @@ from v4export.plugins.kernels.call import call
 from v4export.plugins.kernels.emulate import compiler
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+#: Of tests that run kernels in many ways: each is compiled for the CPU first.
+emulated = [needs_compiler, pytest.mark.slow]
 DTYPES = (torch.float32, *NARROW)
 
 

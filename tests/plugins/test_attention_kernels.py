@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from histories import Past
-from kernel_checks import DTYPES, check, needs_compiler
+from kernel_checks import DTYPES, check, emulated
 from one_node import to_torch
 
 from v4export.plugins import OPS
@@ -16,7 +16,7 @@ from v4export.plugins.kernels.attention import TILES
 from v4export.plugins.kernels.call import Caller, Recorder, call
 from v4export.plugins.kernels.kernel import Unfit
 
-pytestmark = needs_compiler
+pytestmark = emulated
 BY_NAME = {op.torch_op._name.removeprefix("v4::"): op for op in OPS}
 SCALE = 0.3
 # (S new tokens, held by each sequence): one token, a chunk, more rows than a tile, and none held at all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, check, needs_compiler
+from kernel_checks import DTYPES, check, emulated
 from test_index_select import CASES
 from test_index_select_kernel import steps
 
@@ -12,7 +12,7 @@ from v4export.plugins.candidate_select.kernel import BLOCK_SCORE, kernels
 from v4export.plugins.candidate_select.op import candidate_select
 from v4export.plugins.kernels.call import call
 
-pytestmark = needs_compiler
+pytestmark = emulated
 # top_blocks, block_size
 BLOCKS = [(2, 3), (3, 100)]
 

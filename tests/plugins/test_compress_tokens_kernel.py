@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from histories import Past
-from kernel_checks import check, needs_compiler
+from kernel_checks import check, emulated
 
 from v4export.plugins.compress_tokens.kernel import kernels
 from v4export.plugins.compress_tokens.op import compress_tokens
 from v4export.plugins.kernels.call import call
 
-pytestmark = needs_compiler
+pytestmark = emulated
 CASES = [
     # S, ratio, halves, W, position
     (1, 1, 1, 3, [0, 3]),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from histories import Past
-from kernel_checks import DTYPES, NARROW, check, needs_compiler
+from kernel_checks import DTYPES, NARROW, check, emulated
 
 from v4export.plugins.engram_conv.kernel import kernels
 from v4export.plugins.engram_conv.op import engram_conv
 from v4export.plugins.kernels.call import call
 
-pytestmark = needs_compiler
+pytestmark = emulated
 
 
 def operands(S: int, K: int, dilation: int, P: int, position: list[int]) -> list[torch.Tensor]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, NARROW, check, needs_compiler
+from kernel_checks import DTYPES, NARROW, check, emulated
 
 from v4export.plugins.engram_gating.kernel import kernels
 from v4export.plugins.engram_gating.op import engram_gating
 
-pytestmark = needs_compiler
+pytestmark = emulated
 
 
 def operands(M: int, X: int, D: int, dtype: torch.dtype = torch.float32, keep: bool = False) -> list[torch.Tensor]:

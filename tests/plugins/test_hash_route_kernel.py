@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import check, needs_compiler
+from kernel_checks import check, emulated
 
 from v4export.plugins.hash_route.kernel import kernels
 from v4export.plugins.hash_route.op import hash_route
 from v4export.plugins.kernels.call import call
 
-pytestmark = needs_compiler
+pytestmark = emulated
 CASES = [
     # M, E, K, V, scoring, norm
     (7, 9, 3, 11, "sqrtsoftplus", True),

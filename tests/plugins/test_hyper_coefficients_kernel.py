@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, check, needs_compiler
+from kernel_checks import DTYPES, check, emulated
 from test_hyper_connection_kernel import EPS, NORM_EPS, operands
 
 from v4export.plugins.hyper_coefficients.kernel import kernels
@@ -12,7 +12,7 @@ from v4export.plugins.hyper_coefficients.op import hyper_coefficients
 from v4export.plugins.hyper_connection.kernel import kernels as connection
 from v4export.plugins.kernels.call import call
 
-pytestmark = needs_compiler
+pytestmark = emulated
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, check, needs_compiler
+from kernel_checks import DTYPES, check, emulated
 
 from v4export.plugins.hyper_connection.kernel import PROJECT, kernels
 from v4export.plugins.hyper_connection.op import hyper_connection
 from v4export.plugins.kernels.call import call
 
-pytestmark = needs_compiler
+pytestmark = emulated
 EPS, NORM_EPS = 1e-6, 1e-5
 
 

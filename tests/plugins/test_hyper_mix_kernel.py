@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, check, needs_compiler
+from kernel_checks import DTYPES, check, emulated
 
 from v4export.plugins.hyper_mix.kernel import kernels
 from v4export.plugins.hyper_mix.op import hyper_mix
 
-pytestmark = needs_compiler
+pytestmark = emulated
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import DTYPES, check, needs_compiler
+from kernel_checks import DTYPES, check, emulated
 from test_index_select import CASES
 from test_index_select_kernel import steps
 
@@ -15,7 +15,7 @@ from v4export.plugins.index_reselect.kernel import kernels
 from v4export.plugins.index_reselect.op import index_reselect
 from v4export.plugins.kernels.call import call
 
-pytestmark = needs_compiler
+pytestmark = emulated
 
 
 def with_blocks(args: Sequence[torch.Tensor], blocks: int, size: int) -> list[torch.Tensor]:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from kernel_checks import DTYPES, check, needs_compiler, widened
+from kernel_checks import DTYPES, check, emulated, widened
 from test_index_select import CASES, operands
 
 from v4export.plugins.index_select.kernel import SCORE, TOP_K, kernels
 from v4export.plugins.index_select.op import LOWEST, best_numbers, index_scores, index_select
 from v4export.plugins.kernels.call import call
 
-pytestmark = needs_compiler
+pytestmark = emulated
 # S, C, ratio, positions, heads, width: with keys for a part of a warp, for some warps, and for more than a block
 SHAPES = {
     "one key": (1, 0, 1, [0], 1, 1),

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import DTYPES, check, needs_compiler
+from kernel_checks import DTYPES, check, emulated
 
 from v4export.plugins.kernels.call import Caller, Recorder, call
 from v4export.plugins.kernels.kernel import Unfit
 from v4export.plugins.moe_experts.kernel import SORT, kernels
 from v4export.plugins.moe_experts.op import moe_experts
 
-pytestmark = needs_compiler
+pytestmark = emulated
 FORMS = ("plain", "fp8", "fp4")
 # M tokens, E experts, K, D, F: one token, tiles of several, odd widths, more tokens than a tile, nothing at all
 SIZES = [(3, 8, 2, 64, 32), (1, 4, 4, 160, 96), (70, 4, 2, 128, 64), (0, 4, 2, 64, 32)]

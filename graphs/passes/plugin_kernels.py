@@ -79,8 +79,8 @@ def arguments(node: ir.Node) -> list[Any]:
 
 def _flat(value: ir.Value, graph: ir.Graph) -> ir.Value:
     """A stored matrix as one row of numbers, of packed or FP8 ones as one of int32."""
-    tensor = value.const_value
-    if tensor is None or tensor.nbytes % _WORD.itemsize:
-        raise ValueError(f"{value.name} is not a stored matrix of whole words")
-    dtype = _WORD if value.dtype in _PACKED else tensor.dtype
+    tensor, packed = value.const_value, value.dtype in _PACKED
+    if tensor is None or (packed and tensor.nbytes % _WORD.itemsize):
+        raise Unfit(f"{value.name} is not a stored matrix of whole words")
+    dtype = _WORD if packed else tensor.dtype
     return declared_again(value, graph, dtype, [1, int(tensor.nbytes // dtype.itemsize)])

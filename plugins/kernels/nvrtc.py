@@ -74,9 +74,9 @@ def version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def ptx(compilable: Compilable) -> str:
-    """PTX for every GPU from Ampere on."""
-    return _compiled(compilable, PTX_TARGET)[0].rstrip(b"\0").decode()
+def ptx(compilable: Compilable, target: str = PTX_TARGET) -> str:
+    """PTX for every GPU from Ampere on, unless a later target is named (``compute_90a``)."""
+    return _compiled(compilable, target)[0].rstrip(b"\0").decode()
 
 
 def cubin(compilable: Compilable, target: str) -> tuple[bytes, Resources]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from v4export import presets
 from v4export.config import ModelConfig
 from v4export.plugins import OPS
+from v4export.plugins.kernels.call import Recorder
+from v4export.plugins.kernels.kernel import Compilable
 
 #: Presets, and the form in which their experts are stored.
 MODELS = {
@@ -92,6 +94,28 @@ def cases(model: str, step: Step) -> Iterator[Case]:
     for name, make in _CASES.items():
         for args in make(step):
             yield Case(model, name, args)
+
+
+def compiled(
+    budgets: Sequence[int], dtype: torch.dtype = torch.bfloat16, models: Sequence[str] = ()
+) -> Iterator[tuple[str, Compilable]]:
+    """Each way to compile a kernel, once, with the first model of it; all models unless some are named.
+
+    Args:
+        budgets: bytes of shared memory that a launch may have.
+        dtype: of the activations.
+        models: presets.
+    """
+    seen = set()
+    for model in models or MODELS:
+        for budget in budgets:
+            recorder = Recorder(budget)
+            for case in cases(model, step_of(model, dtype=dtype)):
+                OP[case.op].kernels(recorder, *case.args)
+            for one in recorder.compiled:
+                if (key := (one.launch.entry, one.defines)) not in seen:
+                    seen.add(key)
+                    yield model, one
 
 
 def step_of(

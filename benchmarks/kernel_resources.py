@@ -5,40 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from kernel_cases import MODELS, OP, cases, step_of
+from kernel_cases import compiled
 from page import replace_between, row
 
 from v4export.plugins.kernels import nvrtc
-from v4export.plugins.kernels.call import Recorder
-from v4export.plugins.kernels.kernel import PLAIN_SHARED, Compilable
+from v4export.plugins.kernels.kernel import PLAIN_SHARED
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 BUDGETS = (PLAIN_SHARED, 99 << 10, 227 << 10)
 
 
-def compiled() -> Iterator[tuple[str, Compilable]]:
-    """Each kernel at the shapes of each model, with what a launch may have of shared memory, once."""
-    seen = set()
-    for model in MODELS:
-        for budget in BUDGETS:
-            recorder = Recorder(budget)
-            for case in cases(model, step_of(model)):
-                OP[case.op].kernels(recorder, *case.args)
-            for one in recorder.compiled:
-                if (key := (one.launch.entry, one.defines)) not in seen:
-                    seen.add(key)
-                    yield model, one
-
-
 def table() -> list[str]:
     """A line for each way that models compile a kernel: the first model of it, threads, shared memory, registers."""
     lines = [row("kernel", "first compiled for", "threads", "shared memory, bytes", *TARGETS)]
     lines.append(row(*["---"] * (4 + len(TARGETS))))
-    for model, one in sorted(compiled(), key=lambda each: each[1].launch.entry):
+    for model, one in sorted(compiled(BUDGETS), key=lambda each: each[1].launch.entry):
         used = [nvrtc.cubin(one, target)[1] for target in TARGETS]
         spilled = [f"{each.registers}" + (f" ({each.spilled} spilled)" if each.spilled else "") for each in used]
         shared = one.launch.shared + max(each.shared for each in used)

@@ -241,29 +241,6 @@ def test_inspect_says_what_a_thought_costs(capfd, thinking_checkpoint, trained_c
     assert "reasoning" not in call(capfd, "inspect", trained_checkpoint).out
 
 
-def test_presets(capfd):
-    found = json.loads(call(capfd, "presets", "--json").out)
-    assert sorted(found) == sorted(presets.names())
-    assert found["deepseek-v3"]["parameters"]["total"] > 6e11
-    text = call(capfd, "presets").out
-    assert all(re.search(rf"^{re.escape(name)} ", text, re.MULTILINE) for name in presets.names())
-
-
-def test_doctor(capfd):
-    found = json.loads(call(capfd, "doctor", "--json").out)
-    assert {"component", "version", "state", "does", "fix"} <= set(found[0])
-    assert any("onnxruntime" in one["component"] for one in found)
-    assert "onnxruntime" in call(capfd, "doctor").out
-
-
-def test_doctor_says_what_computes_each_op(capfd):
-    found = json.loads(call(capfd, "doctor", "--ops", "--json").out)
-    assert {row[0] for row in found["ops"]} >= {"MoeRoute", "LatentAttention", "TRT_BlockDequantize"}
-    assert [row[0] for row in found["ways"]][1:] == ["aot", "library", "none"]
-    text = call(capfd, "doctor", "--ops").out
-    assert re.search(r"^MoeExperts +body +plugin +reads chosen experts", text, re.MULTILINE)
-
-
 def test_synth_and_preset_as_model(capfd, tmp_path):
     assert call(capfd, "synth", "tiny-v3", "-o", tmp_path / "made", "-q").out.strip() == str(tmp_path / "made")
     assert (tmp_path / "made" / "config.json").is_file()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from v4export.graphs.passes.replaced import replace
 from v4export.plugins.function_body import Body
 
 #: Fewest new tokens worth the expanded form, whatever the multiplications say: below it, overheads decide.
@@ -68,9 +69,7 @@ def expand_prefill(model: ir.Model) -> bool:
         then = body.subgraph("expanded", [], lambda b, core=core: [_expanded(b, core, mask)])  # type: ignore[misc]
         otherwise = body.subgraph("absorbed", [], lambda b, core=core: [_absorbed(b, core)])  # type: ignore[misc]
         z, output = body.op("If", pays, then_branch=then, else_branch=otherwise), core.nodes[-1].outputs[0]
-        z.name, z.type, z.shape = output.name, output.type, output.shape
-        output.name = f"{output.name}.replaced"
-        ir.convenience.replace_nodes_and_values(model.graph, core.nodes[-1], core.nodes, body.nodes, [output], [z])
+        replace(model.graph, core.nodes[-1], core.nodes, body.nodes, [output], [z])
     return True
 
 

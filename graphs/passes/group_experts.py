@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from v4export.graphs.passes.adjacent import joined
+from v4export.graphs.passes.replaced import replace
 from v4export.graphs.passes.scaled_experts import ScaledExperts
 from v4export.plugins.function_body import Body
 from v4export.plugins.moe_experts.onnx import PLAIN, swiglu
@@ -28,10 +29,7 @@ def group_experts(model: ir.Model) -> bool:
     for node in nodes:
         body = Body(f"{node.name}.")
         y = _grouped(body, node, model.graph)
-        output = node.outputs[0]
-        y.name, y.type, y.shape = output.name, output.type, output.shape
-        output.name = f"{output.name}.replaced"
-        ir.convenience.replace_nodes_and_values(model.graph, node, [node], body.nodes, [output], [y])
+        replace(model.graph, node, [node], body.nodes, node.outputs, [y])
     model.functions.pop(("v4", "MoeExperts", ""), None)
     return bool(nodes)
 

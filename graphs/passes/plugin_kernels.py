@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from v4export.graphs.passes.declared_again import declared_again
+from v4export.graphs.passes.replaced import replace
 from v4export.plugins import BY_NODE
 from v4export.plugins.function_body import VERSION
 from v4export.plugins.kernels.kernel import PLAIN_SHARED, Unfit
@@ -46,12 +47,7 @@ def plugin_kernels(
         except Unfit as e:
             kept[node.op_type] = str(e)
             continue
-        for new, old in zip(results, node.outputs, strict=True):
-            new.name, new.type, new.shape = old.name, old.type, old.shape
-            old.name = f"{old.name}.replaced"
-        ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], writer.body.nodes, list(node.outputs), list(results)
-        )
+        replace(model.graph, node, [node], writer.body.nodes, node.outputs, results)
     used = {(node.domain, node.op_type) for node in model.graph}
     for key in [key for key in model.functions if key[0] == "v4" and key[:2] not in used]:
         model.functions.pop(key)

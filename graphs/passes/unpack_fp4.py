@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from v4export.graphs.passes.declared_again import declared_again
+from v4export.graphs.passes.replaced import replace
 from v4export.plugins.function_body import Body
 from v4export.plugins.moe_experts.op import E2M1
 
@@ -29,10 +30,8 @@ def unpack_fp4(model: ir.Model) -> bool:
     nodes = [n for n in graph if n.op_type in _READERS and n.inputs and _is_packed(n.inputs[0])]
     for node in nodes:
         body = Body(f"{node.name or node.outputs[0].name}.")
-        y, old = _READERS[node.op_type](body, node, graph), node.outputs[0]
-        y.name, y.type, y.shape = old.name, old.type, old.shape
-        old.name = f"{old.name}.replaced"
-        ir.convenience.replace_nodes_and_values(graph, node, [node], body.nodes, [old], [y])
+        y = _READERS[node.op_type](body, node, graph)
+        replace(graph, node, [node], body.nodes, node.outputs, [y])
     for name in [name for name, value in graph.initializers.items() if _is_packed(value) and not value.uses()]:
         graph.initializers.pop(name)
     return bool(nodes)

@@ -52,11 +52,14 @@ class Caller:
         device = tensors[0].device
         inputs = [_readable(tensor) for tensor in tensors]
         operands = tuple(Typed(_NAMES[t.dtype], tuple(t.shape)) for t in inputs)
-        compiled = _compilable(kernel, operands, tuple(sorted(constants.items())), self._budget(device))
-        dims, launch = _dims(operands), compiled.launch
+        return self.run(_compilable(kernel, operands, tuple(sorted(constants.items())), self._budget(device)), inputs)
+
+    def run(self, compiled: Compilable, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Outputs of a kernel that was made ready for inputs of these types, as kernels read them."""
+        dims = {f"i{i}.{axis}": d for i, one in enumerate(inputs) for axis, d in enumerate(one.shape)}
         outputs = tuple(
-            torch.empty([d.evaluate(dims) for d in shape], dtype=_DTYPES[dtype], device=device)
-            for dtype, shape in launch.outputs
+            torch.empty([d.evaluate(dims) for d in shape], dtype=_DTYPES[dtype], device=inputs[0].device)
+            for dtype, shape in compiled.launch.outputs
         )
         self.launch(compiled, dims, inputs, outputs)
         return outputs
@@ -142,10 +145,6 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
 @functools.lru_cache(maxsize=4096)
 def _addresses(addresses: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)
-
-
-def _dims(operands: Sequence[Typed]) -> Mapping[str, int]:
-    return {f"i{i}.{axis}": int(d or 0) for i, one in enumerate(operands) for axis, d in enumerate(one.dims)}
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from v4export.plugins.function_body import VERSION, Body
 from v4export.plugins.kernels import nvrtc
-from v4export.plugins.kernels.kernel import PLAIN_SHARED, Compilable, Constant, Kernel, Typed
+from v4export.plugins.kernels.kernel import PLAIN_SHARED, Constant, Kernel, Typed
 from v4export.plugins.limits import MAX_ELEMENTS
 
 #: Domain of the nodes, and namespace of their plugins: not that of the ops, some of which have the names of kernels.
@@ -46,14 +46,12 @@ class NodeWriter:
     """
 
     def __init__(self, name: str, flat: Callable[[ir.Value], ir.Value], budget: int = PLAIN_SHARED) -> None:
-        self.body, self.compiled = Body(f"{name}."), list[Compilable]()
-        self._flat, self._budget = flat, budget
+        self.body, self._flat, self._budget = Body(f"{name}."), flat, budget
 
     def __call__(self, kernel: Kernel, *values: ir.Value, **constants: Constant) -> tuple[ir.Value, ...]:
         """The node of a kernel; its outputs have the types and the dimensions of the launch."""
         compiled = kernel.compilable([_typed(value) for value in values], constants, self._budget)
         launch = compiled.launch
-        self.compiled.append(compiled)
         outputs = self.body.ops(
             kernel.name, *values, outputs=len(launch.outputs), domain=NAMESPACE,
             **{LAUNCH: launch.text(), CODE: nvrtc.ptx(compiled)}, **_HINTS,

@@ -15,8 +15,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from v4export.graphs.lower import lower_for_plugins
-from v4export.plugins.kernels.call import _DTYPES, Caller, _dims
-from v4export.plugins.kernels.kernel import Compilable, Typed
+from v4export.plugins.kernels.call import Caller
+from v4export.plugins.kernels.kernel import Compilable
 from v4export.plugins.kernels.nodes import NAMESPACE, kernel_nodes
 
 
@@ -56,12 +56,6 @@ class EmulatedGraph:
             one = compiled[ptx]
             assert one.launch.text() == launch
             inputs = [torch.from_numpy(np.array(array, order="C")) for array in arrays]
-            dims = _dims([Typed("", tuple(t.shape)) for t in inputs])
-            outputs = [
-                torch.empty([d.evaluate(dims) for d in shape], dtype=_DTYPES[dtype])
-                for dtype, shape in one.launch.outputs
-            ]
-            Caller().launch(one, dims, inputs, outputs)
-            return tuple(output.numpy() for output in outputs)
+            return tuple(output.numpy() for output in Caller().run(one, inputs))
 
         return type(kind, (OpRun,), {"op_domain": NAMESPACE, "_run": run})

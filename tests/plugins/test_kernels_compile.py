@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from v4export.plugins.kernels import names, nvrtc, store
-from v4export.plugins.kernels.call import Recorder
 from v4export.plugins.kernels.kernel import PLAIN_SHARED, Compilable, Typed, Unfit
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -29,17 +28,12 @@ def of_models(
     """By entry point, the different ways that models compile it; all models unless some are named."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        from kernel_cases import MODELS, OP, cases, step_of
+        from kernel_cases import compiled
     finally:
         sys.path.remove(str(BENCHMARKS))
     found: dict[str, dict[str, Compilable]] = {}
-    for model in models or MODELS:
-        for budget in budgets:
-            recorder = Recorder(budget)
-            for case in cases(model, step_of(model, dtype=dtype)):
-                OP[case.op].kernels(recorder, *case.args)
-            for one in recorder.compiled:
-                found.setdefault(one.launch.entry, {}).setdefault(str(one.defines), one)
+    for _, one in compiled(budgets, dtype, models):
+        found.setdefault(one.launch.entry, {})[str(one.defines)] = one
     return found
 
 

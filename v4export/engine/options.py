@@ -56,10 +56,7 @@ DEFAULT_ENGINE = EngineOptions()
 
 def check_targets(options: EngineOptions, precision: str) -> None:
     """Refuse a target that cannot have the precision before any work is done."""
-    backend, present = choose_backend(options.backend), [device.capability for device in cuda_devices()]
-    resolve_targets(options.targets, precision, backend, present)
-    if resolve_way(options.plugins, backend) != "none":
-        plugin_plan(options, precision)
+    if plugin_plan(options, precision)[0] != "none":
         try:
             nvrtc.version()
         except ImportError as e:
@@ -69,8 +66,12 @@ def check_targets(options: EngineOptions, precision: str) -> None:
 def plugin_plan(options: EngineOptions, precision: str) -> tuple[str, int]:
     """How kernels get into the engine, and the bytes of shared memory that a launch may have there."""
     backend, present = choose_backend(options.backend), [device.capability for device in cuda_devices()]
-    way = resolve_way(options.plugins, backend)
-    return way, shared_budget(way, resolve_targets(options.targets, precision, backend, present))
+    targets, way = resolve_targets(options.targets, precision, backend, present), _way(options)
+    return way, shared_budget(way, targets)
+
+
+def _way(options: EngineOptions) -> str:
+    return resolve_way(options.plugins, choose_backend(options.backend))
 
 
 def precision_for(options: EngineOptions, precision: str) -> tuple[str, str | None]:
@@ -96,7 +97,7 @@ def prefill_chunk(config: ModelConfig, options: EngineOptions, max_seq_len: int,
         NotSupported: a tensor would have more elements than TensorRT takes, in the chunk asked for or in any.
     """
     wide = find_precision(precision).activations == "float32"  # too wide for many a launch, which leaves bodies
-    plugins = not wide and resolve_way(options.plugins, choose_backend(options.backend)) != "none"
+    plugins = not wide and _way(options) != "none"
     places = scratch(config, max_seq_len, 4 if wide else 2, plugins)
     tightest = min(places, key=lambda place: place.most_tokens)
     most = tightest.most_tokens // options.max_batch
@@ -146,7 +147,7 @@ def engine_of(
         max_steps=config.reasoning.steps if config.reasoning and config.thinks else 1,
         workspace_gib=options.workspace_gib,
         shapes=options.shapes,
-        plugins=resolve_way(options.plugins, choose_backend(options.backend)),
+        plugins=_way(options),
         on_line=on_line,
     )
     return replace(report, path=Path(report.path.name))

@@ -10,7 +10,11 @@ READY := $(VENV)/.installed
 # Two files of tests at a time, a thread each.
 TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: help demo test check lint bench clean
+# The server of nvidia-pytriton wants an older NumPy than everything else.
+SERVED := build/triton
+SERVING := $(SERVED)/.installed
+
+.PHONY: help demo test check lint bench docs triton clean
 .DEFAULT_GOAL := help
 
 help:  ## Show what there is to make.
@@ -44,6 +48,20 @@ lint: $(READY)  ## Check style and types.
 
 bench: $(READY)  ## Measure export, prefill and decode beside transformers; writes docs/benchmarks.md.
 	$(BIN)/python benchmarks/cpu.py
+
+docs: $(READY)  ## Build the documentation into build/site.
+	$(BIN)/python docs/operators.py
+	$(BIN)/mkdocs build --strict
+
+$(SERVING): pyproject.toml
+	$(PYTHON) -m venv $(SERVED)
+	$(SERVED)/bin/pip install --quiet --upgrade pip
+	$(SERVED)/bin/pip install --quiet --no-compile "$(TORCH)"
+	$(SERVED)/bin/pip install --quiet --no-compile -e '.[triton]' pytest pytest-timeout hypothesis transformers starlette httpx
+	@touch $@
+
+triton: $(SERVING)  ## Test a packaged bundle in a real Triton Inference Server, in an environment of its own.
+	OMP_NUM_THREADS=1 $(SERVED)/bin/pytest tests/serve
 
 clean:  ## Remove what the targets made.
 	rm -rf demo-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,14 +18,15 @@ THREADS = 2
 class Onnx:
     """onnxruntime over an exported bundle."""
 
-    def __init__(self, bundle: Path, prepack: bool, max_seq_len: int = MAX_SEQ_LEN) -> None:
+    def __init__(self, bundle: Path, prepack: bool, max_seq_len: int = MAX_SEQ_LEN, accuracy_level: int = 0) -> None:
         from v4export.package.bundle import Bundle
         from v4export.runtime.onnx import OnnxExecutor
 
         b = Bundle.open(bundle)
         self.engine = OnnxExecutor(
-            b.folder, b.config, b.precision, max_seq_len=max_seq_len, threads=THREADS, prepack=prepack
-        )
+            b.folder, b.config, b.precision, max_seq_len=max_seq_len, threads=THREADS, prepack=prepack,
+            accuracy_level=accuracy_level,
+        )  # fmt: skip
         self.vocabulary = b.config.vocab_size
         self.state: Any = None
 
@@ -91,6 +92,12 @@ class Child:
         self._pipe.send((held, new, steps))
         return list(self._pipe.recv())
 
+    def held(self) -> tuple[float, float]:
+        """Resident memory of the process in GB, and how much of it is in no file."""
+        self._pipe.send("memory")
+        resident, anonymous = self._pipe.recv()
+        return float(resident), float(anonymous)
+
     def close(self) -> float:
         """End the process; its peak resident memory in GB, mapped pages of weights included."""
         self._pipe.send(None)
@@ -104,6 +111,9 @@ def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> N
     engine = make(*arguments)
     pipe.send((time.perf_counter() - start, getattr(engine, "experts", "")))
     while (request := pipe.recv()) is not None:
+        if request == "memory":
+            pipe.send(_memory())
+            continue
         held, new, steps = request
         seconds = []
         engine.hold(held)
@@ -115,3 +125,9 @@ def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> N
             seconds.append(time.perf_counter() - start)
         pipe.send(seconds)
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+
+
+def _memory() -> tuple[float, float]:
+    """Resident and anonymous memory of this process in GB."""
+    facts = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(facts[name].split()[0]) * 1024 / 1e9 for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]

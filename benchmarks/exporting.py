@@ -35,12 +35,12 @@ def ours(model: Path, out: Path) -> None:
     api.export(model, out, precision="fp32", max_seq_len=MAX_SEQ_LEN, force=True)
 
 
-def torch_onnx(model: Path, out: Path, experts: str | None = None) -> None:
+def torch_onnx(model: Path, out: Path, experts: str | None = None, dtype: str = "float32") -> None:
     """``torch.onnx.export`` of the transformers model, without a cache (it takes none)."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager").eval()
     if experts:
         loaded.set_experts_implementation(experts)
     out.mkdir(exist_ok=True)

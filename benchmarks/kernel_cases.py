@@ -154,6 +154,8 @@ def _experts(s: Step) -> Iterator[tuple[Any, ...]]:
         s.choice(E, K, s.sequences),
         *(m for m, _ in parts),
         *(p for _, p in parts),
+        *([], [], []),
+        {"plain": "", "fp4": "mxfp4"}.get(s.form, s.form),
         *block,
         c.swiglu_limit,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -11,11 +11,16 @@ import onnx_ir as ir
 from v4export.checkpoint.names import SCALE
 from v4export.config import ModelConfig
 from v4export.errors import NotSupported
+from v4export.graphs.read_back import check_formats
+from v4export.graphs.roundings import check_roundings
 from v4export.graphs.trace import Part
+from v4export.graphs.variants import kind_of
+from v4export.graphs.weights import SCALE_2
 from v4export.plugins import BY_NODE
 from v4export.plugins.function_body import OPSET
 from v4export.plugins.limits import MAX_ELEMENTS, MAX_TOPK
-from v4export.plugins.moe_experts.onnx import PLAIN
+from v4export.plugins.moe_experts.onnx import input_scales, operands_of
+from v4export.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -27,29 +32,57 @@ class Lint:
             was traced with a single expert, so the count does not depend on the number of experts.
         experts_referenced: expert matrices that enter a MoeExperts node, summed over layers.
         bodies: custom ops, each with a portable body.
+        formats: how many weights have each format, all as the recipe says.
+        rounded_inputs: products whose inputs are rounded to FP8, a layer's experts counting as one.
     """
 
     nodes_per_layer: dict[str, int]
     experts_referenced: int
     bodies: tuple[str, ...]
+    formats: dict[str, int]
+    rounded_inputs: int = 0
+
+    @classmethod
+    def of_all(cls, found: Sequence[Lint]) -> Lint:
+        """What was proved of several graphs that together are a model: counts are sums, pieces of weights counting."""
+        formats: Counter[str] = sum((Counter(one.formats) for one in found), Counter())
+        return cls(
+            {kind: count for one in found for kind, count in one.nodes_per_layer.items()},
+            sum(one.experts_referenced for one in found),
+            tuple(dict.fromkeys(body for one in found for body in one.bodies)),
+            dict(formats),
+            sum(one.rounded_inputs for one in found),
+        )
 
 
-def lint(model: ir.Model, config: ModelConfig, parts: Mapping[str, Part]) -> Lint:
+def lint(
+    model: ir.Model,
+    config: ModelConfig,
+    precision: Precision,
+    parts: Mapping[str, Part],
+    layers: range | None = None,
+    experts: Callable[[int], Sequence[int]] | None = None,
+) -> Lint:
     """Check a portable graph.
 
     Args:
         model: the graph.
         config: of the model.
+        precision: of the graph.
         parts: what it was stamped from.
+        layers: that it has; all of the model's, unless given.
+        experts: from a layer to the numbers of its experts that it has; all, unless given.
 
     Raises:
         NotSupported: names the rule that is broken and where.
     """
     lint_nodes(model)
     return Lint(
-        _nodes_per_layer(model, config, parts),
-        _experts_referenced(model, config),
+        _nodes_per_layer(model, config, precision, parts, layers or range(config.num_layers)),
+        _experts_referenced(model, experts or (lambda _: range(config.num_experts))),
         tuple(f"{domain}::{name}" for domain, name, _ in model.functions),
+        check_formats(model, config, precision),
+        check_roundings(model, config, precision),
     )
 
 
@@ -99,9 +132,13 @@ def _nothing_is_added_by_scattering(model: ir.Model) -> None:
 
 def _every_custom_node_has_a_body(model: ir.Model) -> None:
     for node in _everywhere(model):
-        if node.domain and (node.domain, node.op_type, node.overload) not in model.functions:
+        if not node.domain:
+            continue
+        op = BY_NODE.get((node.domain, node.op_type))
+        by_itself = op is not None and op.function is None
+        if not by_itself and (node.domain, node.op_type, node.overload) not in model.functions:
             raise _broken(f"{node.name}: {node.domain}::{node.op_type} has no function in the model")
-        if node.domain and (node.domain, node.op_type) not in BY_NODE:
+        if op is None:
             raise _broken(f"{node.name}: {node.domain}::{node.op_type} is not one of the project's ops")
 
 
@@ -134,13 +171,15 @@ def _every_initializer_is_used_and_fits(model: ir.Model) -> None:
             raise _broken(f"weight {name} has {value.const_value.size} elements, more than {MAX_ELEMENTS}")
 
 
-def _nodes_per_layer(model: ir.Model, config: ModelConfig, parts: Mapping[str, Part]) -> dict[str, int]:
+def _nodes_per_layer(
+    model: ir.Model, config: ModelConfig, precision: Precision, parts: Mapping[str, Part], layers: range
+) -> dict[str, int]:
     """A layer has the nodes of its traced part, which held one expert at most; one of them evaluates all experts."""
     by_layer = Counter(int(n.name.split(".")[1]) for n in model.graph if n.name and n.name.startswith("layers."))
     experts = Counter(int((n.name or "").split(".")[1]) for n in model.graph if n.op_type == "MoeExperts")
     counts: dict[str, int] = {}
-    for layer in range(config.num_layers):
-        kind = config.kind(layer)
+    for layer in layers:
+        kind = kind_of(config, precision, layer)
         counts[kind] = len(parts[kind].graph)
         if by_layer[layer] != counts[kind]:
             raise _broken(f"layer {layer} has {by_layer[layer]} nodes, a {kind} layer with one expert {counts[kind]}")
@@ -149,7 +188,7 @@ def _nodes_per_layer(model: ir.Model, config: ModelConfig, parts: Mapping[str, P
     return counts
 
 
-def _experts_referenced(model: ir.Model, config: ModelConfig) -> int:
+def _experts_referenced(model: ir.Model, experts: Callable[[int], Sequence[int]]) -> int:
     """Every expert's three matrices enter their layer's node, each once and in order, and so do their multipliers."""
     total = 0
     for node in (n for n in model.graph if n.op_type == "MoeExperts"):
@@ -157,11 +196,12 @@ def _experts_referenced(model: ir.Model, config: ModelConfig) -> int:
         matrices = [
             f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight"
             for part in ("gate", "up", "down")
-            for e in range(config.num_experts)
+            for e in experts(int(layer))
         ]
-        scaled = node.attributes["format"].as_string() != PLAIN
-        wanted = matrices + [name + SCALE for name in matrices if scaled]
-        if [v.name for v in node.inputs[3:] if v is not None] != wanted:
+        kinds = ("", SCALE, SCALE_2)[: operands_of(node.attributes["format"].as_string())]
+        wanted = [name + kind for kind in kinds for name in matrices]
+        behind = len(input_scales(node))  # proved by check_roundings
+        if [v.name for v in node.inputs[3 : len(node.inputs) - behind] if v is not None] != wanted:
             raise _broken(f"layer {layer}: its expert matrices are not all there, in order")
         total += len(matrices)
     return total

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import from_torch_dtype
 
+from v4export.checkpoint.pieces import Share
 from v4export.config import ModelConfig
 from v4export.graphs.trace import CALLER, DECODER_START, ENTRIES, ROWS, Part
+from v4export.graphs.variants import kind_of
 from v4export.graphs.weights import Placed, numpy_dtype
 from v4export.model.block import STATE, block_shares
 from v4export.model.load import hub_name
@@ -25,6 +27,9 @@ from v4export.precision import Precision
 from v4export.state_contract import StateTensor, remembered, state_tensors
 
 IR_VERSION = 10
+
+#: Within a block, where each expert is among those that a rank holds.
+PLACES = "mlp.places"
 
 
 def state_name(layer: int, tensor: str) -> str:
@@ -68,18 +73,24 @@ def engram_name(layer: int) -> str:
 
 
 def stamp(
-    config: ModelConfig, precision: Precision, parts: Mapping[str, Part], weights: Mapping[str, Placed], base: Path
+    config: ModelConfig,
+    precision: Precision,
+    parts: Mapping[str, Part],
+    weights: Mapping[str, Placed],
+    base: Path,
+    share: Share | None = None,
 ) -> ir.Model:
     """The whole graph.
 
     Args:
-        config: the model.
+        config: the model, or the sizes of it that one rank computes.
         precision: dtype of the state.
         parts: from ``trace_parts``.
         weights: where each weight lies, by Hub name.
         base: folder that the weights' locations are relative to.
+        share: of a model shared among ranks, what this one holds.
     """
-    return _Stamper(config, precision, parts, weights, base).whole()
+    return _Stamper(config, precision, parts, weights, base, share).whole()
 
 
 def stamp_remembering(
@@ -126,8 +137,10 @@ class _Stamper:
         parts: Mapping[str, Part],
         weights: Mapping[str, Placed],
         base: Path,
+        share: Share | None = None,
     ) -> None:
-        self.config, self.parts, self.weights, self.base = config, parts, weights, base
+        self.share = share
+        self.config, self.precision, self.parts, self.weights, self.base = config, precision, parts, weights, base
         self.activations = ir.DataType.from_numpy(numpy_dtype(precision.activations))
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -140,7 +153,7 @@ class _Stamper:
         if any(map(c.is_decoder, range(c.num_layers))):
             known[DECODER_START] = self._input(DECODER_START, CALLER["position"], ir.DataType.INT64)
         for layer in range(c.num_layers):
-            self._layer(layer, c.kind(layer), known, state_tensors(c, layer))
+            self._layer(layer, kind_of(c, self.precision, layer), known, state_tensors(c, layer))
         said = self._place(self.parts["head"], "head.", None, known)
         for name, value in said.items():
             value.name, value.shape = name, ir.Shape(self._shapes()[name])
@@ -151,15 +164,17 @@ class _Stamper:
     def _reasoning_rows(self, known: Mapping[str, ir.Value]) -> None:
         """What reasoning layers keep of the step's tokens."""
         rows = self._place(self.parts[ROWS], f"{ROWS}.", None, known)
-        for j, value in enumerate(rows.values()):
-            (tensor,) = state_tensors(self.config, self.config.num_layers + j)
-            value.name = new_state_name(self.config.num_layers + j, tensor.name)
+        layers = range(self.config.num_layers, self.config.state_layers)
+        tensors = [(layer, tensor) for layer in layers for tensor in state_tensors(self.config, layer)]
+        for (layer, tensor), value in zip(tensors, rows.values(), strict=True):
+            value.name = new_state_name(layer, tensor.name)
             self._returns(tensor, value)
 
     def thinking(self, name: str) -> ir.Model:
         """One of the graphs of thoughts: a part by itself. What it returns of an input is called ``new_`` that."""
-        part, layers = self.parts[name], self.config.num_layers
-        state = {f"latent.{j}": state_name(layers + j, "latent") for j in range(self.config.state_layers - layers)}
+        part, c = self.parts[name], self.config
+        kept = [(i, t.name) for i in range(c.num_layers, c.state_layers) for t in state_tensors(c, i)]
+        state = {f"{tensor}.{layer - c.num_layers}": state_name(layer, tensor) for layer, tensor in kept}
         read = {
             one: self._input(state.get(one, one), activation.dims, from_torch_dtype(activation.dtype))
             for one, activation in part.reads.items()
@@ -187,7 +202,7 @@ class _Stamper:
         decoder = c.compressed.shared.decoder
         known = self._begin(["input_ids", "position"])
         for layer in range(decoder):
-            self._layer(layer, c.kind(layer), known, state_tensors(c, layer))
+            self._layer(layer, kind_of(c, self.precision, layer), known, state_tensors(c, layer))
         self._layer(decoder, ENTRIES, known, remembered(c, decoder))
         # Entries that are only added to are not read.
         self.inputs = [value for value in self.inputs if value.uses()]
@@ -208,7 +223,7 @@ class _Stamper:
             STATE + t.name: self._input(
                 state_name(layer, t.name),
                 ("B", t.held_dim, t.width),
-                ir.DataType.FLOAT if t.float32 else dtype,
+                ir.DataType.from_numpy(numpy_dtype(t.dtype)) if t.dtype else dtype,
             )
             for t in tensors
         }
@@ -218,8 +233,14 @@ class _Stamper:
             known["engram"] = self._input(engram_name(layer), ("B", "S", width), kind_of)
         out = self._place(part, f"layers.{layer}.", layer, known | held)
         by_name = {t.name: t for t in tensors}
+        streams = self.config.hyper.streams if self.config.hyper else 0
+        dims: dict[str, tuple[int | str, ...]] = {"hidden": ("M", *self.config.hidden_shape), "pre": ("M", streams)}
+        dims |= {"selected": ("M", "K"), "candidates": ("M", "N")}
         for name, value in out.items():
             value.name = _NAMES.get(name, functools.partial(new_state_name, tensor=name))(layer)
+            if name in dims:
+                # A later stage may have it as an input, whose dimensions have to have names.
+                value.shape = ir.Shape(dims[name])
             if name in by_name:
                 self._returns(by_name[name], value)
         shares = block_shares(self.config, layer) if kind != ENTRIES else {}
@@ -231,6 +252,7 @@ class _Stamper:
         self.new_state.append(rows)
 
     def _model(self, outputs: Sequence[ir.Value]) -> ir.Model:
+        _tell_apart(self.nodes)
         functions = portable_bodies(self.nodes)
         graph = ir.Graph(
             self.inputs,
@@ -260,17 +282,20 @@ class _Stamper:
         for formal, name in zip(part.graph.inputs[len(part.reads) :], part.weights, strict=True):
             values[formal] = list(self._weights_of(name, layer))
         for initializer in part.graph.initializers.values():
-            values[initializer] = [self._constant(initializer)]
+            assert initializer.const_value is not None
+            values[initializer] = [self._constant(initializer.const_value.numpy())]
         for node in part.graph:
-            self.nodes.append(self._copy(node, values, prefix))
+            self.nodes.append(self._copy(node, values, prefix, layer))
         outputs = (values[output][0] for output in part.graph.outputs)
         return {name: value for name, value in zip(part.outputs, outputs, strict=True) if value is not None}
 
-    def _copy(self, node: ir.Node, values: dict[ir.Value | None, list[ir.Value | None]], prefix: str) -> ir.Node:
+    def _copy(
+        self, node: ir.Node, values: dict[ir.Value | None, list[ir.Value | None]], prefix: str, layer: int | None
+    ) -> ir.Node:
         outputs = [ir.Value(name=f"{prefix}{o.name}", type=o.type, shape=_readable(o.shape)) for o in node.outputs]
         attributes = dict(node.attributes)
         if node.op_type == "MoeExperts":
-            attributes["num_experts"] = ir.AttrInt64("num_experts", self.config.num_experts)
+            attributes["num_experts"] = ir.AttrInt64("num_experts", len(self._experts(layer)))
         copy = ir.Node(
             node.domain,
             node.op_type,
@@ -282,10 +307,19 @@ class _Stamper:
         values.update({old: [new] for old, new in zip(node.outputs, copy.outputs, strict=True)})
         return copy
 
+    def _experts(self, layer: int | None) -> Sequence[int]:
+        """Numbers of the experts of a layer that the graph holds."""
+        assert layer is not None
+        return self.share.experts(layer) if self.share else range(self.config.num_experts)
+
     def _weights_of(self, name: str, layer: int | None) -> list[ir.Value]:
         """The initialisers a part's weight input stands for: one, or one per expert."""
+        if name == PLACES:
+            places = np.full(self.config.num_experts, -1)
+            places[list(self._experts(layer))] = np.arange(len(self._experts(layer)))
+            return [self._constant(places)]
         if ".experts.0." in name:
-            stand_ins = [name.replace(".experts.0.", f".experts.{e}.") for e in range(self.config.num_experts)]
+            stand_ins = [name.replace(".experts.0.", f".experts.{e}.") for e in self._experts(layer)]
             return [self._initializer(f"model.layers.{layer}.{n}", stacked=True) for n in stand_ins]
         stored = hub_name(name, self.config, layer)
         if stored is None:
@@ -308,10 +342,8 @@ class _Stamper:
             self._keep(stored, tensor)
         return self.initializers[stored]
 
-    def _constant(self, initializer: ir.Value) -> ir.Value:
-        """One of the tracer's small constants, shared by all parts that have an equal one."""
-        assert initializer.const_value is not None
-        array = initializer.const_value.numpy()
+    def _constant(self, array: np.ndarray) -> ir.Value:
+        """A small constant, shared by all parts that have an equal one."""
         return self._embedded(f"const.{array.dtype}.{'x'.join(map(str, array.shape))}.{_digest(array)}", array)
 
     def _embedded(self, name: str, array: np.ndarray) -> ir.Value:
@@ -325,18 +357,29 @@ class _Stamper:
         )
 
 
+def _tell_apart(nodes: Sequence[ir.Node]) -> None:
+    """Experts of several formats, which an exception to a recipe makes, have a body for each."""
+    experts = [node for node in nodes if node.op_type == "MoeExperts"]
+    stored = [node.attributes["format"].as_string() for node in experts]
+    for node, format in zip(experts, stored, strict=True):
+        node.overload = format if format != stored[0] else ""
+
+
 def portable_bodies(nodes: Sequence[ir.Node]) -> list[ir.Function]:
     """The functions that define the custom nodes, innermost first."""
-    typical: dict[tuple[str, str], ir.Node] = {}
-    for node in nodes:
-        if (node.domain, node.op_type) in BY_NODE:
-            typical.setdefault((node.domain, node.op_type), node)
-    functions = {kind: BY_NODE[kind].function(node) for kind, node in typical.items()}
+    functions: dict[tuple[str, str, str], ir.Function] = {}
+
+    def define(some: Iterable[ir.Node]) -> None:
+        for node in some:
+            op = BY_NODE.get((node.domain, node.op_type))
+            if op and op.function and (node.domain, node.op_type, node.overload) not in functions:
+                body = op.function(node)
+                body.overload = node.overload
+                functions[node.domain, node.op_type, node.overload] = body
+
+    define(nodes)
     for function in list(functions.values()):
-        for node in function:
-            kind = (node.domain, node.op_type)
-            if kind in BY_NODE and kind not in functions:
-                functions[kind] = BY_NODE[kind].function(node)
+        define(function)
     return sorted(functions.values(), key=lambda f: f.domain)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from v4export.config import ModelConfig
+from v4export.graphs.variants import formats, kinds, rounding
 from v4export.model.block import (
     STATE,
     Block,
@@ -34,11 +35,12 @@ from v4export.model.block import (
     head_reads,
     head_returns,
 )
-from v4export.model.linear import Storage
+from v4export.model.inputs import round_inputs
+from v4export.model.linear import activations_of, hold
 from v4export.model.reasoning import ThinkingHead
 from v4export.model.rope import rotations
 from v4export.model.shared_entries import HELD, NEW
-from v4export.plugins import BY_NODE, OPS
+from v4export.plugins import BY_NODE, OPS, STANDARD
 from v4export.plugins.function_body import OPSET, PLUGIN_HINTS
 from v4export.precision import Precision
 from v4export.state_contract import StateTensor, may_skip_decoder, remembered, state_tensors
@@ -142,26 +144,57 @@ def _flat(returned: Any) -> tuple[torch.Tensor, ...]:
     """The tensors of what a module returns, however they are nested, in order."""
     if returned is None or isinstance(returned, torch.Tensor):
         return () if returned is None else (returned,)
-    return tuple(tensor for part in returned for tensor in _flat(part))
+    parts = returned.values() if isinstance(returned, Mapping) else returned
+    return tuple(tensor for part in parts for tensor in _flat(part))
 
 
 def _held_by(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(STATE): value for name, value in named.items() if name.startswith(STATE)}
 
 
-def trace_parts(config: ModelConfig, precision: Precision, *, absorbed: bool = True) -> dict[str, Part]:
+def trace_parts(
+    config: ModelConfig,
+    precision: Precision,
+    *,
+    absorbed: bool = True,
+    claim: Callable[[str], bool] = lambda _: True,
+    last_first: bool = False,
+) -> dict[str, Part]:
     """Trace what the model is made of: ``embed``, a block of each kind that occurs, ``head``.
 
     A model with a decoder also has the part ``entries``: what the decoder's first layer keeps of a token. One that
     thinks has the parts ``reasoning``, ``think``, ``think_step`` and ``think_mix``.
+
+    Args:
+        config: the model.
+        precision: the recipe.
+        absorbed: whether attention multiplies by latents.
+        claim: asked for each part in its turn whether it is to be traced.
+        last_first: whether the last part is the first.
     """
-    storage = storage_of(precision)
-    known = _activations(config, storage.dtype)
+    parts = _kinds(config, precision, absorbed)
+    with _quiet(), _operators_parsed_once():
+        turns = reversed(parts) if last_first else iter(parts)
+        return {name: _trace(parts[name]) for name in turns if claim(name)}
+
+
+def part_names(config: ModelConfig, precision: Precision) -> list[str]:
+    """Names of all parts, in their order."""
+    return list(_kinds(config, precision, absorbed=True))
+
+
+def _kinds(config: ModelConfig, precision: Precision, absorbed: bool) -> dict[str, _Kind]:
+    dtype = activations_of(precision)
+    known = _activations(config, dtype)
+
+    def prepared(module: nn.Module, layer: int | None = None) -> nn.Module:
+        """A part that holds its matrices, and rounds their inputs, as the recipe says."""
+        return round_inputs(hold(module, formats(config, precision, layer)), rounding(config, precision, layer))
 
     def reads(layer: int) -> dict[str, Activation]:
         names = ["hidden", *block_reads(config, layer)]
-        held = {STATE + t.name: _held(t, storage.dtype) for t in state_tensors(config, layer)}
-        shared = _shared(config, layer, storage.dtype)
+        held = {STATE + t.name: _held(t, dtype) for t in state_tensors(config, layer)}
+        shared = _shared(config, layer, dtype)
         return {name: (known | shared)[name] for name in names} | held
 
     def block(layer: int) -> _Kind:
@@ -171,7 +204,7 @@ def trace_parts(config: ModelConfig, precision: Precision, *, absorbed: bool = T
             out: BlockOutput = run(named["hidden"], named, _held_by(named))
             return tuple(out.named()[name] for name in returns)
 
-        return _Kind(Block(config, layer, storage, absorbed, experts=1), reads(layer), call, returns)
+        return _Kind(prepared(Block(config, layer, dtype, absorbed, experts=1), layer), reads(layer), call, returns)
 
     def entries(layer: int) -> _Kind:
         returns = tuple(t.name for t in remembered(config, layer))
@@ -180,60 +213,62 @@ def trace_parts(config: ModelConfig, precision: Precision, *, absorbed: bool = T
             out = run(named["hidden"], named, _held_by(named))
             return tuple(out[name] for name in returns)
 
-        part = _Entries(config, layer, storage, absorbed, experts=1)
+        part = prepared(_Entries(config, layer, dtype, absorbed, experts=1), layer)
         return _Kind(part, reads(layer), call, returns, partial=True)
 
     with torch.device("meta"):
-        embed, head = Embed(config, storage), Head(config, storage)
-        kinds = {
+        embed, head = Embed(config, dtype), prepared(Head(config, dtype))
+        return {
             "embed": _Kind(
                 embed,
                 {name: known[name] for name in ("input_ids", "position")},
                 _in_order,
                 tuple(embed_returns(config)),
             ),
-            **{kind: block(layer) for kind, layer in config.kinds.items()},
+            **{kind: block(layer) for kind, layer in kinds(config, precision).items()},
             **({ENTRIES: entries(_decoder(config))} if may_skip_decoder(config) else {}),
             "head": _Kind(
                 head, {name: known[name] for name in head_reads(config)}, _in_order, tuple(head_returns(config))
             ),
-            **(_thinking(config, storage, known, absorbed) if config.thinks else {}),
+            **(_thinking(config, dtype, known, absorbed, prepared) if config.thinks else {}),
         }
-    with _quiet(), _operators_parsed_once():
-        return {name: _trace(kind) for name, kind in kinds.items()}
 
 
 def _thinking(
-    config: ModelConfig, storage: Storage, known: Mapping[str, Activation], absorbed: bool
+    config: ModelConfig,
+    dtype: torch.dtype,
+    known: Mapping[str, Activation],
+    absorbed: bool,
+    prepared: Callable[[nn.Module], nn.Module],
 ) -> dict[str, _Kind]:
     """The parts of a model that thinks, which are methods of its head."""
     assert config.reasoning is not None
-    dtype, W, K = storage.dtype, config.thinker.latent_dim, config.reasoning.steps
+    own_config, K = config.thinker, config.reasoning.steps
     layers = range(config.reasoning.layers)
     hidden = Activation(("B", "Q", config.hidden_size), dtype)
     at, entering = {"thought_at": Activation(("B", "Q"))}, {"entering": Activation(("B", "Q"))}
-    latents = {f"latent.{j}": Activation(("B", "T", W), dtype) for j in layers}
-    own = {f"own.{j}": Activation(("P", "B", "Q", W), dtype) for j in layers}
+    latents = {f"{t.name}.{j}": _held(t, dtype) for j in layers for t in state_tensors(own_config, j)}
+    own = {f"own.{j}": Activation(("P", "B", "Q", own_config.latent_dim), dtype) for j in layers}
     tokens = ["tokens"] if K > 2 else []
     kept = {name: known[name] for name in ("hidden", "position", *head_reads(config)[2:])}
 
     def kind(method: Callable[..., Any], reads: dict[str, Activation], returns: Sequence[str]) -> _Kind:
-        part = type(method.__name__, (ThinkingHead,), {"forward": method})(config, storage, absorbed)
-        return _Kind(part, reads, _in_order, tuple(returns), partial=True)
+        part = type(method.__name__, (ThinkingHead,), {"forward": method})(config, dtype, absorbed)
+        return _Kind(prepared(part), reads, _in_order, tuple(returns), partial=True)
 
     return {
         ROWS: kind(ThinkingHead.rows, kept, [*latents]),
-        THINK: kind(
-            ThinkingHead.think,
-            {"trunk": hidden} | at | latents,
-            ["logits", "weight", *tokens, *(f"thought.{k}.{j}" for k in range(1, K + 1) for j in layers)],
-        ),
+        THINK_MIX: kind(ThinkingHead.mix, {"trunk": hidden, "thought": hidden}, ["logits", "weight"]),
         THINK_STEP: kind(
             ThinkingHead.step,
             {"thought": hidden} | entering | at | latents | own,
             ["thought", "token", *own, *(f"thought.{j}" for j in layers)],
         ),
-        THINK_MIX: kind(ThinkingHead.mix, {"trunk": hidden, "thought": hidden}, ["logits", "weight"]),
+        THINK: kind(
+            ThinkingHead.think,
+            {"trunk": hidden} | at | latents,
+            ["logits", "weight", *tokens, *(f"thought.{k}.{j}" for k in range(1, K + 1) for j in layers)],
+        ),
     }
 
 
@@ -246,11 +281,6 @@ class _Entries(Block):
 def _decoder(config: ModelConfig) -> int:
     assert config.compressed and config.compressed.shared
     return config.compressed.shared.decoder
-
-
-def storage_of(precision: Precision) -> Storage:
-    """How the traced modules hold their weights."""
-    return Storage(getattr(torch, precision.activations), precision.fp8, precision.fp4_experts)
 
 
 def _activations(config: ModelConfig, dtype: torch.dtype) -> dict[str, Activation]:
@@ -280,12 +310,16 @@ def _shared(config: ModelConfig, layer: int, dtype: torch.dtype) -> dict[str, Ac
     made = [t for t in state_tensors(config, source) if t.every == c.ratios[source]] if source is not None else []
     made = [t for t in made if t.ring is None]
     return {HELD + t.name: _held(t, dtype) for t in made} | {
-        NEW + t.name: Activation(("B", t.returned_dim, t.width), dtype) for t in made
+        NEW + t.name: Activation(("B", t.returned_dim, t.width), _dtype(t, dtype)) for t in made
     }
 
 
 def _held(tensor: StateTensor, dtype: torch.dtype) -> Activation:
-    return Activation(("B", tensor.held_dim, tensor.width), torch.float32 if tensor.float32 else dtype)
+    return Activation(("B", tensor.held_dim, tensor.width), _dtype(tensor, dtype))
+
+
+def _dtype(tensor: StateTensor, activations: torch.dtype) -> torch.dtype:
+    return getattr(torch, tensor.dtype) if tensor.dtype else activations
 
 
 def _trace(kind: _Kind) -> Part:
@@ -299,7 +333,10 @@ def _trace(kind: _Kind) -> Part:
         opset_version=OPSET,
         input_names=[*kind.reads, *(f"weight:{name}" for name in names)],
         dynamic_shapes=((*(a.dynamic() for a in read), *([None] * len(names))),),
-        custom_translation_table={op.torch_op._opoverload: op.translate for op in OPS},
+        custom_translation_table={
+            **{op.torch_op._opoverload: op.translate for op in OPS},
+            **{op._opoverload: translate for op, translate in STANDARD.items()},
+        },
         verbose=False,
     )
     if program is None:
@@ -348,7 +385,7 @@ def _register_schemas() -> None:
         )
 
 
-_TYPES = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "float8e4m3fn", "uint8", "int64", "bool")]
+_TYPES = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "float8e4m3fn", "int8", "uint8", "int64", "bool")]
 
 
 @contextlib.contextmanager

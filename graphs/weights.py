@@ -7,45 +7,60 @@ links that leave the model's folder), or as a copy where the file system cannot 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from v4export.checkpoint.audit import Weight
-from v4export.checkpoint.formats import FP4_BLOCK, grid, quantize_blocks, quantize_fp4
+from v4export.checkpoint.formats import grid
 from v4export.checkpoint.names import SCALE
+from v4export.checkpoint.narrow import Narrow, narrow, outer_scale
 from v4export.checkpoint.tensor import DTYPES, StoredTensor
 from v4export.errors import BadInput, NotSupported
-from v4export.precision import Precision
+from v4export.precision import Format, Precision, module_path
+from v4export.units import At, Units, content
 
 FOLDER = "weights"
-FP4 = "float4_e2m1fn"
-#: Multipliers of FP4 numbers in a graph: bfloat16 has every power of two that E8M0 has, and TensorRT-RTX reads it.
-FP4_SCALE = "bfloat16"
+#: How the names of the files begin that hold converted tensors.
+CONVERTED = "converted"
+#: What a weight's name is followed by for the multiplier of its multipliers.
+SCALE_2 = "_scale_2"
 
-#: safetensors' spelling of the dtypes a graph can hold. ``F4`` is two numbers a byte, which files declare as bytes.
+#: safetensors' spelling of the dtypes a graph can hold. ``F4`` and ``I4`` are two numbers a byte, which files declare
+#: as bytes.
 SAFETENSORS_NAMES = {
     "float32": "F32",
     "float16": "F16",
     "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3",
-    FP4: "F4",
+    "float4_e2m1fn": "F4",
+    "int8": "I8",
+    "int4": "I4",
+    "uint8": "U8",
     "int64": "I64",
 }
+#: The type that a graph has E8M0 multipliers in, which no runtime reads: byte n is 2^(n - 127).
+EXPONENTS = "uint8"
+_PACKED = {"float4_e2m1fn": ml_dtypes.float4_e2m1fn, "int4": ml_dtypes.int4}
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy dtype of a graph dtype's name; FP4 numbers are single ones."""
-    return np.dtype(ml_dtypes.float4_e2m1fn) if name == FP4 else DTYPES[SAFETENSORS_NAMES[name]]
+    """The NumPy dtype of a graph dtype's name; packed numbers are single ones."""
+    return np.dtype(_PACKED[name]) if name in _PACKED else DTYPES[SAFETENSORS_NAMES[name]]
 
 
-_SHARD_BYTES = 5 << 30
+#: Of a file of converted tensors, which is what a build that is stopped may have to write again.
+_SHARD_BYTES = 1 << 30
 #: Rows converted at a time; a multiple of every block height.
 _WINDOW_ROWS = 1024
 
@@ -54,7 +69,7 @@ _WINDOW_ROWS = 1024
 class Placed:
     """One initialiser's bytes: ``location`` is relative to OUT, ``offset`` and ``nbytes`` are in bytes.
 
-    ``shape`` is in numbers, of which FP4 has two a byte.
+    ``shape`` is in numbers, of which packed types have two a byte.
     """
 
     name: str
@@ -70,7 +85,7 @@ class Placement:
     """All initialisers of a graph and what it cost to have them.
 
     Attributes:
-        tensors: by canonical name; multipliers under their weight's name plus ``_scale_inv``.
+        tensors: by canonical name; multipliers under their weight's name plus ``_scale_inv``, theirs plus ``_scale_2``.
         linked: source shards that OUT/weights shares with the checkpoint.
         beside: the tensors that were to be there without being part of the graph, where they now lie.
         pointed_bytes: bytes used where they lie.
@@ -83,26 +98,35 @@ class Placement:
     pointed_bytes: int
     written_bytes: int
 
+    @property
+    def digest(self) -> str:
+        """A hash of where everything lies, of which there may be a hundred thousand tensors."""
+        found = hashlib.sha256()
+        for t in self.tensors.values():
+            found.update(f"{t.name} {t.location} {t.offset} {t.nbytes} {t.dtype} {t.shape}\n".encode())
+        return found.hexdigest()
+
 
 @dataclass(frozen=True)
 class Conversion:
-    """A tensor to write: its dtype and shape, and its rows in order."""
+    """A tensor to write: its dtype and shape, its rows in order, and all that those follow from, contents as hashes."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     rows: Callable[[], Iterator[np.ndarray]]
+    depends: Callable[[], Any]
 
     @property
     def nbytes(self) -> int:
         """Bytes once written."""
         numbers = int(np.prod(self.shape))
-        return numbers // 2 if self.dtype == FP4 else numbers * numpy_dtype(self.dtype).itemsize
+        return numbers // 2 if self.dtype in _PACKED else numbers * numpy_dtype(self.dtype).itemsize
 
     @property
     def declared(self) -> tuple[str, tuple[int, ...]]:
-        """dtype and shape in the header of the file: FP4 numbers are declared as the bytes they are packed in."""
-        if self.dtype == FP4:
+        """dtype and shape in the header of the file: packed numbers are declared as the bytes that they are in."""
+        if self.dtype in _PACKED:
             return "U8", (*self.shape[:-1], self.shape[-1] // 2)
         return SAFETENSORS_NAMES[self.dtype], self.shape
 
@@ -113,22 +137,26 @@ def place(
     out: Path,
     *,
     beside: Mapping[str, StoredTensor] | None = None,
+    scales: Mapping[str, np.ndarray] | None = None,
     copy: bool = False,
     advance: Callable[[float], None] = lambda _: None,
+    units: Units | None = None,
 ) -> Placement:
     """Point at what is right, convert what is not.
 
     Args:
         weights: what the graph needs, in reading order.
-        precision: decides each weight's dtype by its role.
+        precision: decides each weight's format.
         out: folder of the graph; its subfolder ``weights`` is filled.
         beside: tensors that the graph does not hold and whoever runs it reads, by name.
+        scales: by which inputs are rounded, by name.
         copy: copy source shards even where they could be linked; ``onnx.checker`` refuses hard links.
         advance: told the bytes written.
+        units: what is finished of the build.
 
     Raises:
         BadInput: a value does not fit the dtype asked for.
-        NotSupported: FP4 is asked for, and rows are not a whole number of its blocks.
+        NotSupported: rows are not a whole number of a format's blocks.
     """
     pointed: list[tuple[str, StoredTensor]] = []
     conversions: list[Conversion] = []
@@ -136,16 +164,16 @@ def place(
         kept, converted = decide(weight, precision)
         pointed += kept
         conversions += converted
+    conversions += as_conversions(scales or {})
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    beside = beside or {}
+    beside, units = beside or {}, units or Units(out)
     needed = {tensor.file for tensor in (*(t for _, t in pointed), *beside.values())}
-    links = _bring(sorted(needed), out / FOLDER, copy)
+    links = _bring(sorted(needed), out / FOLDER, copy, units)
     tensors = {
         name: Placed(name, f"{FOLDER}/{links[t.file]}", t.offset, t.nbytes, _dtype_name(t), t.shape)
         for name, t in pointed
     }
-    for number, shard in enumerate(_shards(conversions), 1):
-        tensors |= _write(shard, out, f"{FOLDER}/converted-{number:05}.safetensors", advance)
+    tensors |= write(conversions, units, CONVERTED, advance)
     return Placement(
         tensors,
         tuple(links.values()),
@@ -155,37 +183,111 @@ def place(
     )
 
 
-def stored_as(weight: Weight, dtype: str) -> bool:
-    """Whether a weight's bytes are those of a graph's dtype."""
-    return weight.packed if dtype == FP4 else weight.data.dtype == SAFETENSORS_NAMES[dtype]
+def as_conversions(scales: Mapping[str, np.ndarray]) -> list[Conversion]:
+    """Scales of inputs, which no checkpoint has, as what is written."""
+
+    def one(name: str, scale: np.ndarray) -> Conversion:
+        values = scale.astype(np.float32)
+        return Conversion(name, "float32", scale.shape, lambda: iter([values]), lambda: values.tobytes().hex())
+
+    return [one(name, scale) for name, scale in scales.items()]
+
+
+def stored_as(weight: Weight, format: Format) -> bool:
+    """Whether a weight's bytes are those of a format."""
+    if weight.scale is None or not format.scaled:
+        return weight.scale is None and not format.scaled and weight.data.dtype == SAFETENSORS_NAMES[format.dtype]
+    stored = "float4_e2m1fn" if weight.packed else "float8_e4m3fn"
+    return (stored, weight.block, False) == (format.dtype, format.block, format.outer)
 
 
 def decide(weight: Weight, precision: Precision) -> tuple[list[tuple[str, StoredTensor]], list[Conversion]]:
     """Which stored tensors serve as they are, and what has to be written, for one weight.
 
-    Packed FP4 bytes that serve as they are get the shape of their numbers, and ``F4`` for a dtype.
+    Packed bytes that serve as they are get the shape of their numbers, and ``F4`` for a dtype.
 
     Raises:
-        NotSupported: the precision has FP4 experts, whose rows are not a whole number of blocks.
+        NotSupported: rows are not a whole number of the format's blocks.
     """
-    dtype = precision.weight_dtype(weight.role)
-    if stored_as(weight, dtype):
+    format = precision.format_of(weight.name, weight.role)
+    depends = functools.cache(lambda: _sources(weight, format))
+    if stored_as(weight, format):
+        if weight.columns is not None:
+            return [], _some_columns(weight, format, depends)
         data, scale = weight.data, weight.scale
         if weight.packed:
-            data = dataclasses.replace(data, dtype=SAFETENSORS_NAMES[FP4], shape=weight.shape)
-        kept = [(weight.name, data)]
-        wide = FP4_SCALE if weight.packed else "float32"
+            data = dataclasses.replace(data, dtype=SAFETENSORS_NAMES[format.dtype], shape=weight.shape)
+        kept = [(_named(weight), data)]
         if scale is None:
             return kept, []
-        if scale.dtype == SAFETENSORS_NAMES[wide]:
-            return [*kept, (weight.name + SCALE, scale)], []
-        to = numpy_dtype(wide)
-        return kept, [Conversion(weight.name + SCALE, wide, scale.shape, lambda: iter([scale.read().astype(to)]))]
-    if dtype == FP4:
-        return [], _packed(weight)
-    if dtype == "float8_e4m3fn":
-        return [], _quantised(weight, precision)
-    return [], [Conversion(weight.name, dtype, weight.shape, lambda: _cast_rows(weight, dtype))]
+        dtype, name = _multipliers(weight, format), _named(weight, SCALE)
+        if dtype == EXPONENTS:
+            scale = dataclasses.replace(scale, dtype=SAFETENSORS_NAMES[dtype])
+        if scale.dtype == SAFETENSORS_NAMES[dtype]:
+            return [*kept, (name, scale)], []
+        to = numpy_dtype(dtype)
+        return kept, [
+            Conversion(name, dtype, scale.shape, lambda: iter([scale.read().astype(to)]), lambda: _content(scale))
+        ]
+    if format.scaled:
+        return [], _narrowed(weight, format, depends)
+    cast = Conversion(_named(weight), format.dtype, weight.shape, lambda: _cast_rows(weight, format.dtype), depends)
+    return [], [cast]
+
+
+def _multipliers(weight: Weight, format: Format) -> str:
+    """dtype of the multipliers, in a graph, of a weight that is stored in a format.
+
+    Those of experts are a sixteenth of a large checkpoint: powers of two stay the bytes of their exponents.
+    """
+    assert weight.scale is not None
+    as_they_are = weight.role == "expert" and format.power_of_two and weight.scale.dtype == "F8_E8M0"
+    return EXPONENTS if as_they_are else format.scale
+
+
+def _sources(weight: Weight, format: Format) -> Any:
+    """All that a weight's bytes in a format follow from; the format as text, since there may be a hundred thousand."""
+    scale = weight.scale and _content(weight.scale)
+    return repr(format), weight.block, weight.role, weight.columns, _content(weight.data), scale
+
+
+def _content(tensor: StoredTensor) -> Any:
+    return tensor.dtype, tensor.shape, content(tensor.file, tensor.offset, tensor.nbytes)
+
+
+def _named(weight: Weight, which: str = "") -> str:
+    """Name of a weight's numbers, or of its multipliers, among placed tensors."""
+    return f"{weight.name}{which}{weight.piece}"
+
+
+def as_a_rank_names(placed: Mapping[str, Any], weights: Iterable[Weight]) -> dict[str, Any]:
+    """Of what there is of many pieces that of some, under the names of whole weights."""
+    keys = {f"{w.name}{which}": _named(w, which) for w in weights for which in ("", SCALE, SCALE_2)}
+    return {whole: placed[key] for whole, key in keys.items() if key in placed}
+
+
+def _some_columns(weight: Weight, format: Format, depends: Callable[[], Any]) -> list[Conversion]:
+    """Some columns of a weight that has the format, as they are: its numbers, and its multipliers if there are any."""
+    assert weight.columns is not None
+    start, stop = weight.columns
+    each = 2 if weight.packed else 1
+
+    def numbers() -> Iterator[np.ndarray]:
+        for first in range(0, weight.shape[0], _WINDOW_ROWS):
+            window = weight.data.part0(first, min(first + _WINDOW_ROWS, weight.shape[0])).read()
+            yield window[:, start // each : stop // each]
+
+    found = [Conversion(_named(weight), format.dtype, weight.shape, numbers, depends)]
+    if scale := weight.scale:
+        some = slice(start // weight.block[1], -(-stop // weight.block[1]))
+        shape, dtype = (scale.shape[0], some.stop - some.start), _multipliers(weight, format)
+
+        def scales() -> Iterator[np.ndarray]:
+            columns = scale.read()[:, some]
+            yield columns.view(np.uint8) if dtype == EXPONENTS else columns.astype(numpy_dtype(dtype))
+
+        found.append(Conversion(_named(weight, SCALE), dtype, shape, scales, depends))
+    return found
 
 
 def _cast_rows(weight: Weight, dtype: str) -> Iterator[np.ndarray]:
@@ -205,54 +307,68 @@ def _cast_rows(weight: Weight, dtype: str) -> Iterator[np.ndarray]:
         yield cast
 
 
-def _quantised(weight: Weight, precision: Precision) -> list[Conversion]:
-    """The weight in FP8 blocks: its bytes and its multipliers, each computed window by window."""
-    fp8 = precision.fp8
-    assert fp8 is not None
-    multipliers = grid(weight.shape, (fp8.rows, fp8.columns))
-
-    def part(index: int) -> Iterator[np.ndarray]:
-        for rows in _windows(weight):
-            yield quantize_blocks(rows, fp8.rows, fp8.columns, power_of_two=fp8.power_of_two)[index]
-
-    return [
-        Conversion(weight.name, "float8_e4m3fn", weight.shape, lambda: part(0)),
-        Conversion(weight.name + SCALE, "float32", multipliers, lambda: part(1)),
-    ]
-
-
-def _packed(weight: Weight) -> list[Conversion]:
-    """The weight as packed FP4: its bytes and its multipliers, each computed window by window."""
-    if weight.shape[1] % FP4_BLOCK[1]:
+def _narrowed(weight: Weight, format: Format, depends: Callable[[], Any]) -> list[Conversion]:
+    """The weight in a format that has multipliers: numbers, multipliers and theirs, each computed window by window."""
+    rows, width = weight.shape
+    if not format.fits(width):
+        assert format.block is not None
         raise NotSupported(
-            f"{weight.name} cannot be stored as FP4",
-            f"{weight.shape[1]} columns, and {FP4_BLOCK[1]} share a multiplier",
-            "choose another precision",
+            f"{weight.name} cannot be stored as {format.name}",
+            f"{width} columns, and {format.block[1]} share a multiplier",
+            f"keep it: --keep 'bf16:{module_path(weight.name)}', or choose another precision",
         )
+    assert format.block is not None
+    if weight.piece and (rows % format.block[0] or width % format.columns(width)):
+        raise NotSupported(
+            f"a rank's part of {weight.name} cannot be stored as {format.name}",
+            f"{rows} x {width}, in blocks of {format.block[0]} x {format.columns(width)}",
+            f"keep it: --keep 'bf16:{module_path(weight.name)}', or take fewer ranks",
+        )
+    scale_2 = functools.cache(lambda: outer_scale(max(float(np.abs(w).max()) for w in _windows(weight))))
+    # By window: numbers are written first, and multipliers, which are few, wait for their turn.
+    waiting: dict[int, np.ndarray] = {}
 
-    def multipliers() -> Iterator[np.ndarray]:
-        return (quantize_fp4(rows)[1].astype(numpy_dtype(FP4_SCALE)) for rows in _windows(weight))
+    def converted(w: np.ndarray) -> Narrow:
+        return narrow(w, format, scale_2() if format.outer else None)
 
-    return [
-        Conversion(weight.name, FP4, weight.shape, lambda: (quantize_fp4(rows)[0] for rows in _windows(weight))),
-        Conversion(weight.name + SCALE, FP4_SCALE, grid(weight.shape, FP4_BLOCK), multipliers),
+    def numbers() -> Iterator[np.ndarray]:
+        for window, w in enumerate(_windows(weight)):
+            made = converted(w)
+            waiting[window] = made.scale
+            yield made.numbers
+
+    def scales() -> Iterator[np.ndarray]:
+        for window in range(-(-rows // _WINDOW_ROWS)):
+            made = waiting.pop(window, None)
+            yield converted(_window(weight, window)).scale if made is None else made
+
+    multipliers = grid((rows, width), (format.block[0], format.columns(width)))
+    found = [
+        Conversion(_named(weight), format.dtype, weight.shape, numbers, depends),
+        Conversion(_named(weight, SCALE), format.scale, multipliers, scales, depends),
     ]
+    if format.outer:
+        found.append(Conversion(_named(weight, SCALE_2), "float32", (1, 1), lambda: iter([scale_2()]), depends))
+    return found
 
 
 def _windows(weight: Weight) -> Iterator[np.ndarray]:
     """The weight's values as ``Weight.decode`` gives them, some rows at a time."""
-    for start in range(0, weight.shape[0], _WINDOW_ROWS):
-        stop = min(start + _WINDOW_ROWS, weight.shape[0])
-        height = weight.block[0]
-        scale = weight.scale and weight.scale.part0(start // height, -(-stop // height))
-        yield dataclasses.replace(weight, data=weight.data.part0(start, stop), scale=scale).decode()
+    return (_window(weight, number) for number in range(-(-weight.shape[0] // _WINDOW_ROWS)))
+
+
+def _window(weight: Weight, number: int) -> np.ndarray:
+    start, height = number * _WINDOW_ROWS, weight.block[0]
+    stop = min(start + _WINDOW_ROWS, weight.shape[0])
+    scale = weight.scale and weight.scale.part0(start // height, -(-stop // height))
+    return dataclasses.replace(weight, data=weight.data.part0(start, stop), scale=scale).decode()
 
 
 def _dtype_name(tensor: StoredTensor) -> str:
     return next(name for name, spelled in SAFETENSORS_NAMES.items() if spelled == tensor.dtype)
 
 
-def _bring(files: Sequence[Path], folder: Path, copy: bool) -> dict[Path, str]:
+def _bring(files: Sequence[Path], folder: Path, copy: bool, units: Units) -> dict[Path, str]:
     """Each source shard in ``folder``: a hard link or, where asked or across file systems, a copy; its name there."""
     for file in files:
         try:
@@ -260,8 +376,36 @@ def _bring(files: Sequence[Path], folder: Path, copy: bool) -> dict[Path, str]:
                 raise OSError
             os.link(file.resolve(), folder / file.name)
         except OSError:
-            shutil.copyfile(file, folder / file.name)
+            _copy(file, f"{FOLDER}/{file.name}", units)
     return {file: file.name for file in files}
+
+
+def _copy(file: Path, location: str, units: Units) -> None:
+    """A copy that a later build takes as long as its source has not been written to."""
+    status = file.stat()
+
+    def copied(at: At) -> bool:
+        shutil.copyfile(file, at(location))
+        return True
+
+    units.once(location, [status.st_size, status.st_mtime_ns, status.st_ino], bool, copied)
+
+
+def write(
+    conversions: Sequence[Conversion], units: Units, stem: str, advance: Callable[[float], None]
+) -> dict[str, Placed]:
+    """Write tensors, row by row, into files ``weights/STEM-*.safetensors``, a unit each; where each lies."""
+    placed: dict[str, Placed] = {}
+    for number, shard in enumerate(_shards(conversions), 1):
+        location = f"{FOLDER}/{stem}-{number:05}.safetensors"
+        header, lie = _laid_out(shard, location)
+        depends = [(c.name, c.dtype, c.shape, c.depends()) for c in shard]
+        if units.find(location, depends, bool):
+            advance(sum(c.nbytes for c in shard))
+        else:
+            units.make(location, depends, functools.partial(_write, shard, header, location, advance))
+        placed |= lie
+    return placed
 
 
 def _shards(conversions: Sequence[Conversion]) -> Iterator[list[Conversion]]:
@@ -277,10 +421,8 @@ def _shards(conversions: Sequence[Conversion]) -> Iterator[list[Conversion]]:
         yield shard
 
 
-def _write(
-    conversions: Sequence[Conversion], out: Path, location: str, advance: Callable[[float], None]
-) -> dict[str, Placed]:
-    """One safetensors file, streamed. The library's writer wants all tensors in memory, so the header is made here."""
+def _laid_out(conversions: Sequence[Conversion], location: str) -> tuple[bytes, dict[str, Placed]]:
+    """How the file begins that holds tensors, and where each lies in it."""
     header: dict[str, dict[str, object]] = {}
     end = 0
     for c in conversions:
@@ -290,13 +432,25 @@ def _write(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)
     base, placed = 8 + len(text), {}
-    with open(out / location, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for c in conversions:
-            offset = file.tell()
-            for rows in c.rows():
-                file.write(np.ascontiguousarray(rows).view(np.uint8).data)
-                advance(rows.nbytes)
-            placed[c.name] = Placed(c.name, location, offset, c.nbytes, c.dtype, c.shape)
-        assert file.tell() == base + end
-    return placed
+    for c in conversions:
+        placed[c.name] = Placed(c.name, location, base, c.nbytes, c.dtype, c.shape)
+        base += c.nbytes
+    return len(text).to_bytes(8, "little") + text, placed
+
+
+def _write(
+    conversions: Sequence[Conversion], header: bytes, location: str, advance: Callable[[float], None], at: At
+) -> bool:
+    """One safetensors file, streamed: some rows are written while the next are converted.
+
+    The library's writer wants all tensors in memory, so the header is made here.
+    """
+    with open(at(location), "wb") as file, ThreadPoolExecutor(1) as writer:
+        written = writer.submit(file.write, header)
+        for rows in (rows for conversion in conversions for rows in conversion.rows()):
+            written.result()
+            written = writer.submit(file.write, np.ascontiguousarray(rows).view(np.uint8).data)
+            advance(rows.nbytes)
+        written.result()
+        assert file.tell() == len(header) + sum(c.nbytes for c in conversions)
+    return True

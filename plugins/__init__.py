@@ -13,7 +13,9 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from v4export.plugins.fp8_rows.onnx import TRANSLATIONS as fp8_rows
 from v4export.plugins.kernels import on_cuda
+from v4export.plugins.round_to_fp8.onnx import TRANSLATIONS as round_to_fp8
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class CustomOp:
         attributes: the node's own attributes and their ONNX types, without the plugin hints.
         outputs: for each output, from a node to its dtype.
         translate: from the torch op's arguments to the node, called by torch.onnx.
-        function: from a typed node, its portable body.
+        function: from a typed node, its portable body; None of one that no graph can compute by itself.
         kernels: from what runs or writes kernels and the torch op's arguments, the op's results; None of an op that
             every TensorRT has a layer of its own for.
     """
@@ -38,7 +40,7 @@ class CustomOp:
     attributes: Mapping[str, str]
     outputs: tuple[Callable[[ir.Node], ir.DataType], ...]
     translate: Callable[..., Any]
-    function: Callable[[ir.Node], ir.Function]
+    function: Callable[[ir.Node], ir.Function] | None
     kernels: Callable[..., tuple[Any, ...]] | None
 
 
@@ -63,8 +65,10 @@ _FOLDERS = (
     "sparse_attention",
     "compress_tokens",
     "block_dequantize",
+    "int4_dequantize",
+    "all_reduce",
 )
-_WITHOUT_KERNELS = ("block_dequantize",)
+_WITHOUT_KERNELS = ("block_dequantize", "int4_dequantize", "all_reduce")
 
 
 def _op(folder: str) -> CustomOp:
@@ -81,5 +85,7 @@ OPS = tuple(_op(folder) for folder in _FOLDERS)
 for _each in OPS:
     if _each.kernels is not None:
         on_cuda.register(_each.torch_op, _each.kernels)
+#: Torch ops that become standard nodes, since what an exporter makes of them is refused somewhere: op -> translation.
+STANDARD: dict[torch.library.CustomOpDef, Callable[..., Any]] = {**fp8_rows, **round_to_fp8}
 #: The same by the node they become.
 BY_NODE = {(op.domain, op.op_type): op for op in OPS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from v4export.checkpoint.synth import synth
 from v4export.config.readers import to_hub_config
 from v4export.package.bundle import Bundle
 
+# Traces and graphs are many objects, of which few are garbage.
+gc.set_threshold(100 * gc.get_threshold()[0])
 # Operators on tiny tensors: a second thread costs more than it brings.
 torch.set_num_threads(1)
 
@@ -29,7 +32,7 @@ def _nothing_is_traced_twice(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.getbasetemp()
     shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("v4export.graphs.export.trace_parts", traced_once(shared))
+        patch.setattr("v4export.graphs.export.traced", traced_once(shared))
         yield
 
 

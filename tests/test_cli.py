@@ -21,17 +21,36 @@ from v4export.package.bundle import Bundle
 from v4export.runtime.generate import Generation, Timings
 from v4export.runtime.pausing import Pause
 
+SHARDING = [
+    "--tp",
+    "--tp-size",
+    "--tensor-parallel-size",
+    "--ep",
+    "--ep-size",
+    "--pp",
+    "--pp-size",
+    "--pipeline-parallel-size",
+]
 EXPORT = [
     "--out",
     "--precision",
     "--dtype",
+    "--keep",
+    "--calibrate",
+    "--state",
+    "--kv-cache-dtype",
     "--max-seq-len",
     "--layers",
     "--copy-weights",
+    "--cpu-weights",
+    "--no-cpu-weights",
     "--engram-inside",
     "--think-steps",
+    *SHARDING,
+    "--expert-load",
     "--no-scan",
     "--force",
+    "--resume",
     "--fp16",
     "--bf16",
     "--fp8",
@@ -49,6 +68,8 @@ ENGINE = [
     "--max-chunk",
     "--plugins",
     "--workspace-gib",
+    "--weight-streaming",
+    "--refit",
     "--minShapes",
     "--optShapes",
     "--maxShapes",
@@ -59,13 +80,36 @@ ENGINE = [
 SURFACE = {
     "build": (["model"], [*EXPORT, *ENGINE, "--no-engine", "--no-verify", "--device"]),
     "export": (["model"], EXPORT),
-    "engine": (["bundle"], [*ENGINE, "--json", "--quiet", "-q"]),
+    "engine": (["bundle"], [*ENGINE, "--refit-from", "--json", "--quiet", "-q"]),
     "verify": (["bundle"], ["--checkpoint", "--decode", "--device", "--json", "--quiet", "-q"]),
+    "eval": (
+        ["model"],
+        [
+            "--text",
+            "--precision",
+            "--keep",
+            "--state",
+            "--context",
+            "--tokens",
+            "--layers",
+            "--calibrate",
+            "--checkpoint",
+            "--out",
+            "-o",
+            "--device",
+            "--json",
+            "--quiet",
+            "-q",
+        ],
+    ),
     "run": (
         ["bundle"],
         [
             "--prompt",
             "--prompt-file",
+            "--chat",
+            "--messages",
+            "--thinking",
             "--max-new-tokens",
             "-n",
             "--temperature",
@@ -80,14 +124,49 @@ SURFACE = {
             "--verbose",
             "-v",
             "--threads",
+            "--accuracy-level",
             "--device",
             "--json",
         ],
     ),
     "inspect": (["model"], ["--json"]),
+    "plan": (
+        ["model"],
+        [
+            *(
+                option
+                for option in EXPORT[: EXPORT.index("--no-scan")]
+                if option not in ("--calibrate", "--expert-load")
+            ),
+            *("--target", "--device-memory-gib", "--max-batch-size"),
+            *("--no-engine", "--no-verify", "-o", "--json"),
+        ],
+    ),
+    "bench": (
+        ["model"],
+        [
+            *("--prompt-tokens", "-p", "--new-tokens", "-n", "--repetitions", "-r", "--threads", "-t", "--device"),
+            *("--simulate", *SHARDING, "--batch", "--context", "--micro-batches", "--precision"),
+            *("--link-gbs", "--link-us", "--efficiency", "--costs", "--json", "--quiet", "-q"),
+        ],
+    ),
+    "package": (
+        ["bundle"],
+        [
+            *("--triton", "--cpp", "--name", "--device", "--slots", "--queue", "--chunk"),
+            *("-n", "--max-new-tokens", "--threads", "--json"),
+        ],
+    ),
     "synth": (["config"], ["--out", "-o", "--seed", "--dtype", "--sparse", "--fused", "--quiet", "-q"]),
     "presets": ([], ["--json"]),
-    "doctor": ([], ["--ops", "--json"]),
+    "doctor": ([], ["--ops", "--recipes", "--json"]),
+    "calibrate": (
+        ["model"],
+        [
+            *("--text", "--method", "--percentile", "--tokens", "--context"),
+            *("--out", "-o", "--force", "--json", "--quiet", "-q"),
+        ],
+    ),
 }
 LAST = r"PASSED \| (\d+) layers, 4 prompts, \d+ near-ties \| \d+ s \| v4export {} .*"
 

@@ -31,3 +31,11 @@ def test_doctor_says_what_computes_each_op(capfd):
     assert [row[0] for row in found["ways"]][1:] == ["aot", "library", "none"]
     text = call(capfd, "doctor", "--ops").out
     assert re.search(r"^MoeExperts +body +plugin +reads chosen experts", text, re.MULTILINE)
+
+
+def test_doctor_says_what_recipes_there_are(capfd):
+    found = json.loads(call(capfd, "doctor", "--recipes", "--json").out)
+    assert {name: len(rows) for name, rows in found.items()} == {"recipes": 12, "formats": 11, "targets": 11}
+    text = call(capfd, "doctor", "--recipes").out
+    assert re.search(r"^int4 +bf16 +int8 +int4 ", text, re.MULTILINE)
+    assert re.search(r"^nvfp4 +float4_e2m1fn +4.5 +1 x 16 +float8_e4m3fn times", text, re.MULTILINE)

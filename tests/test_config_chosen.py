@@ -30,6 +30,8 @@ CHOICES = [
     ("thinks", Chosen(think_steps=1)),
     ("thinks", Chosen(think_steps=9)),
     ("thinks", Chosen(layers=1, think_steps=2)),
+    ("thinks", Chosen(think_steps=2, state="fp8")),
+    ("plain", Chosen(state="fp8")),
 ]
 
 
@@ -44,6 +46,14 @@ def test_layers() -> None:
         assert Chosen(layers=config.num_layers).of(config) == config
     # Reasoning layers stay, behind those that are left.
     assert Chosen(layers=1).of(THINKS).reasoning == THINKS.reasoning and Chosen(layers=1).of(THINKS).state_layers == 3
+
+
+def test_state() -> None:
+    assert not PLAIN.state_fp8 and not Chosen().of(PLAIN).state_fp8
+    config = Chosen(state="fp8", layers=1).of(THINKS)
+    assert config.state_fp8 and config.thinker.state_fp8 and config.num_layers == 1
+    with pytest.raises(BadInput, match="'fp4', known: auto, fp8"):
+        Chosen(state="fp4").of(PLAIN)
 
 
 def test_engram_inside() -> None:
@@ -135,6 +145,8 @@ def test_a_manifest_that_chooses_what_its_model_does_not_have(tmp_path: Path, ch
         {"think_steps": [2]},
         {"layers": True},
         {"engram_inside": "yes"},
+        {"state": "int4"},
+        {"state": True},
     ],
 )
 def test_a_manifest_that_says_nonsense(tmp_path: Path, chosen: dict[str, Any]) -> None:

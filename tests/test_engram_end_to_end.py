@@ -52,7 +52,7 @@ def test_what_a_bundle_has(exported: Path) -> None:
     layers = json.loads((exported / "engram.json").read_text())["layers"].values()
     beside = sum(layer[part]["nbytes"] for layer in layers for part in ("table", "scale"))
     assert manifest["graphs"]["beside_bytes"] == beside
-    assert precision("fp8", Checkpoint.open(Path(manifest["checkpoint"]["path"])).config).fp8.rows == 32
+    assert precision("fp8", Checkpoint.open(Path(manifest["checkpoint"]["path"])).config).linear.block == (32, 32)
 
 
 @pytest.mark.slow

@@ -16,7 +16,18 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"v4export": ROOT / "v4export", "v4export.plugins": ROOT / "plugins", "v4export.graphs": ROOT / "graphs"}
 FILES = {file: name for name, folder in FOLDERS.items() for file in sorted(folder.rglob("*.py"))}
 #: Small modules at the top, which any room may use and which use no room.
-SHARED = {"config", "errors", "plain", "precision", "presets", "progress", "state_contract"}
+SHARED = {
+    "children",
+    "config",
+    "errors",
+    "plain",
+    "precision",
+    "presets",
+    "progress",
+    "side_files",
+    "state_contract",
+    "units",
+}
 #: Room -> rooms it may import, directly.
 MAY_IMPORT = {
     "plugins": set(),
@@ -24,13 +35,37 @@ MAY_IMPORT = {
     "engram": {"checkpoint"},
     "model": {"plugins", "engram"},
     "graphs": {"model", "plugins", "checkpoint", "engram"},
-    "runtime": {"model", "graphs", "engram"},
+    "chat": set(),
+    "runtime": {"model", "graphs", "engram", "chat"},
     "engine": {"plugins"},
     "package": set(),
+    "serve": {"chat", "package", "runtime"},
     "verify": {"runtime", "model", "plugins", "graphs", "checkpoint", "package", "engine", "engram"},
-    "show": {"engine", "api", "runtime", "verify"},
-    "api": {"checkpoint", "model", "graphs", "engine", "runtime", "verify", "package", "engram"},
-    "cli": {"api", "show", "engine", "verify", "package"},
+    "calibrate": {"checkpoint", "model", "plugins", "evaluate", "runtime"},
+    "evaluate": {"checkpoint", "model", "plugins", "graphs", "runtime", "verify", "package"},
+    "plan": {"checkpoint", "graphs", "engine", "opened", "package"},
+    "show": {"engine", "api", "runtime", "verify", "evaluate"},
+    "show_scale": {"show", "plan", "runtime"},
+    "opened": {"checkpoint", "engram", "package"},
+    "building": {"opened", "calibrate", "checkpoint", "graphs", "engine", "package", "plan", "runtime", "verify"},
+    "bundles": {"chat", "cpp", "package", "runtime", "serve"},
+    "api": {
+        "opened",
+        "building",
+        "bundles",
+        "calibrate",
+        "checkpoint",
+        "evaluate",
+        "package",
+        "plan",
+        "runtime",
+        "verify",
+    },
+    "cpp": {"checkpoint", "engine", "engram", "graphs", "package", "runtime"},
+    "cli_options": set(),
+    "cli_package": {"cli_options", "api", "serve"},
+    "cli_scale": {"cli_options", "api", "show_scale"},
+    "cli": {"cli_options", "cli_package", "cli_scale", "api", "show", "engine", "verify", "package"},
 }
 PROJECT = ROOT / "pyproject.toml"
 LATE = {"torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "transformers", "polygraphy"}

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnx_ir as ir
-
 from v4export import api
 from v4export.graphs.trace import Part, trace_parts
+from v4export.graphs.tracing import restored, stored
 from v4export.package.bundle import Bundle
 
 
@@ -28,27 +26,14 @@ def traced_once(folder: Path) -> Callable[..., dict[str, Part]]:
     def parts(*args: Any, **options: Any) -> dict[str, Part]:
         path = folder / f"{hashlib.sha256(repr((args, sorted(options.items()))).encode()).hexdigest()}.trace"
         if path.exists():
-            return {name: _read(stored) for name, stored in pickle.loads(path.read_bytes()).items()}
+            return {name: restored(part) for name, part in pickle.loads(path.read_bytes()).items()}
         traced = trace_parts(*args, **options)
         own = path.with_suffix(f".{os.getpid()}")
-        own.write_bytes(pickle.dumps({name: _written(part) for name, part in traced.items()}))
+        own.write_bytes(pickle.dumps({name: stored(part) for name, part in traced.items()}))
         own.replace(path)
         return traced
 
     return parts
-
-
-def _written(part: Part) -> tuple[bytes, Any]:
-    graph = ir.serde.serialize_graph(part.graph).SerializeToString()
-    return graph, (dict(part.graph.opset_imports), part.reads, part.weights, part.outputs)
-
-
-def _read(stored: tuple[bytes, Any]) -> Part:
-    proto, (opsets, reads, weights, outputs) = onnx.GraphProto(), stored[1]
-    proto.ParseFromString(stored[0])
-    graph = ir.serde.deserialize_graph(proto)
-    graph.opset_imports.update(opsets)
-    return Part(graph, reads, weights, outputs)
 
 
 def export_bundle(checkpoint: Path, out: Path, precision: str, **options: Any) -> Bundle:

@@ -2,78 +2,67 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-
 from v4export import presets
-from v4export.checkpoint.audit import Audit, audit
+from v4export.building import Built, build, engine, export, recipe_for, verified
+from v4export.bundles import package, package_cpp, run
+from v4export.calibrate import verb as calibration
+from v4export.calibrate.calibration import Calibration
+from v4export.calibrate.magnitudes import PERCENTILE, Method
+from v4export.checkpoint.audit import audit
 from v4export.checkpoint.count import ParameterCounts, parameter_counts
-from v4export.checkpoint.index import Checkpoint
 from v4export.checkpoint.synth import synth as write_checkpoint
 from v4export.config import ModelConfig
-from v4export.config.chosen import UNCHANGED, Chosen
+from v4export.config.chosen import AUTO, FP8, UNCHANGED, Chosen
 from v4export.config.readers import read_config
-from v4export.engine.build import EngineReport
-from v4export.engine.implementations import PLUGIN, implementation
-from v4export.engine.options import (
-    DEFAULT_ENGINE,
-    ENGINE_SUFFIX,
-    EngineOptions,
-    check_targets,
-    engine_of,
-    plugin_plan,
-    precision_for,
-    prefill_chunk,
-)
-from v4export.engram.vocabulary import read_token_map
+from v4export.config.sharding import Sharding
 from v4export.errors import BadInput
-from v4export.graphs.export import THINKING, Graphs, engine_precisions, export_graphs, for_plugins
-from v4export.graphs.lower import lower_for_plugins
-from v4export.package.bundle import Bundle, whole_folder, write_manifest
-from v4export.precision import precision as find_precision
+from v4export.evaluate import report as evaluation_report
+from v4export.evaluate import verb as evaluation
+from v4export.evaluate.recipes import ALL
+from v4export.evaluate.results import Evaluation
+from v4export.opened import audited, checkpoint_of, first_layers, open_checkpoint, token_map_of
+from v4export.package.bundle import MANIFEST, Bundle
+from v4export.package.whole import whole_folder
+from v4export.plan import foreseen
+from v4export.plan import verb as planning
+from v4export.plan.devices import named_device
+from v4export.plan.simulate import Simulation
 from v4export.progress import Stages
-from v4export.runtime.generate import Generation, run_text
 from v4export.runtime.onnx import OnnxExecutor
-from v4export.runtime.pausing import Pausing
-from v4export.runtime.sampling import Sampling
-from v4export.runtime.tokenizer import TOKENIZER_FILES, load_tokenizer
+from v4export.runtime.speed import Speed, measure
 from v4export.state_contract import bytes_per_token, fixed_bytes
 from v4export.verify.boundary import Boundary
-from v4export.verify.compare import expected_boundaries
-from v4export.verify.report import write_report
-from v4export.verify.verification import Verification, verify_bundle
+from v4export.verify.verification import Verification
 
-_IMAGE = "it stands for an image, and text alone is exported"
-
-#: Longest sequence of a bundle, where neither the user nor the model says less.
-DEFAULT_MAX_SEQ_LEN = 4096
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a build left behind.
-
-    Attributes:
-        bundle: the folder.
-        audit: how the checkpoint's tensors were accounted for.
-        graphs: what was exported.
-        notes: what is not as it was asked for, and why.
-        verification: how the graph compares with the PyTorch definition, if it was verified.
-        engines: what TensorRT built of each graph, by the graph's name, if it was asked to.
-    """
-
-    bundle: Bundle
-    audit: str
-    graphs: Graphs
-    notes: tuple[str, ...] = ()
-    verification: Verification | None = None
-    engines: dict[str, EngineReport] = field(default_factory=dict)
+__all__ = [
+    "Built",
+    "Inspection",
+    "bench",
+    "build",
+    "calibrate",
+    "costs",
+    "engine",
+    "evaluate",
+    "export",
+    "inspect",
+    "is_bundle",
+    "open_checkpoint",
+    "package",
+    "package_cpp",
+    "plan",
+    "preset_names",
+    "recipe_for",
+    "run",
+    "simulate",
+    "synth",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -87,28 +76,6 @@ class Inspection:
     dtypes: dict[str, int] = field(default_factory=dict)
     stored_bytes: int = 0
     audit: str | None = None
-
-
-def open_checkpoint(model: str | Path, chosen: Chosen = UNCHANGED) -> Checkpoint:
-    """A checkpoint directory, its model changed as the user chose.
-
-    Raises:
-        BadInput: there is no such directory, or it is not a checkpoint this project reads, or it lacks what was chosen.
-    """
-    path = Path(model)
-    if not path.exists() and str(model) in presets.names():
-        raise BadInput(
-            f"{model} is a preset: a configuration without weights",
-            fix=f"make random weights for it: v4export synth {model} -o DIR",
-        )
-    if not path.exists():
-        raise BadInput(
-            f"{model} is neither a directory nor a preset",
-            f"presets: {', '.join(presets.names())}",
-            "give a Hugging Face checkpoint directory",
-        )
-    checkpoint = Checkpoint.open(path)
-    return replace(checkpoint, config=chosen.of(checkpoint.config))
 
 
 def inspect(model: str | Path) -> Inspection:
@@ -127,150 +94,117 @@ def _inspection(config: ModelConfig) -> Inspection:
     return Inspection(config, parameter_counts(config), bytes_per_token(config), fixed_bytes(config))
 
 
-def export(model: str | Path, out: str | Path, **options: Any) -> Built:
-    """Audit a checkpoint and write its graph; options as for :func:`build`, which goes on from there."""
-    return build(model, out, engine=None, verify=False, **options)
-
-
-def build(
+def plan(
     model: str | Path,
-    out: str | Path,
     *,
-    precision: str = "bf16",
-    max_seq_len: int | None = None,
     layers: range | None = None,
-    copy_weights: bool = False,
     engram_inside: bool = False,
     think_steps: int | None = None,
-    scan_values: bool = True,
-    force: bool = False,
-    verify: bool = True,
-    engine: EngineOptions | None = DEFAULT_ENGINE,
-    device: str = "cpu",
-    stages: Stages | None = None,
-    on_boundary: Callable[[Boundary], None] = lambda _: None,
-    on_line: Callable[[str], None] | None = None,
-    command: str = "",
-) -> Built:
-    """From a checkpoint to a checked graph, an engine and a report, in a folder that appears whole or not at all.
+    state: str = AUTO,
+    no_engine: bool = False,
+    no_verify: bool = False,
+    tp: int = 1,
+    ep: int = 1,
+    pp: int = 1,
+    **options: Any,
+) -> planning.Plan:
+    """What building a model, a directory's or a preset's, and running it will take; nothing is done.
 
-    Args:
-        model: a checkpoint directory.
-        out: the bundle to make.
-        precision: a name of ``v4export.precision.PRECISIONS``.
-        max_seq_len: longest sequence; the model's own limit or 4096, whichever is less, unless given.
-        layers: use only the first layers.
-        copy_weights: copy shards instead of linking them.
-        engram_inside: make Engram tables part of the graph, which must be small enough.
-        think_steps: of a thought, in place of the model's own; 0 leaves reasoning layers out.
-        scan_values: look for NaN and infinity in every weight.
-        force: replace an existing bundle.
-        verify: compare the graph with the PyTorch definition.
-        engine: what is asked of TensorRT; None builds no engine.
-        device: that runs the graph while verifying.
-        stages: shows progress and collects costs.
-        on_boundary: told every comparison as it is made.
-        on_line: told each line of TensorRT's log.
-        command: recorded in the manifest and the report.
+    ``layers``, ``engram_inside``, ``think_steps`` and ``state`` are as of :func:`build`; ``tp``, ``ep`` and ``pp`` say
+    how it is spread over devices (``v4export.plan.sharding``); the others are as of ``v4export.plan.verb.plan``.
 
     Raises:
-        NumbersDiffer: the graph is beyond a limit; the folder is kept as ``OUT.failed``.
-        BadInput, NotEnough, NotSupported: nothing is left.
+        BadInput, NotSupported: as a build would.
     """
-    stages = stages or Stages(quiet=True)
-    note = None
-    if engine:
-        precision, note = precision_for(engine, precision)
-        check_targets(engine, precision)
-    with whole_folder(Path(out), force) as folder:
-        chosen = Chosen(_first(layers), engram_inside, think_steps)
-        checkpoint, account = audited(model, chosen, scan_values, stages)
-        config = checkpoint.config
-        found = find_precision(precision, config)
-        length = _longest(config, max_seq_len)
-        if engine:
-            prefill_chunk(config, engine, length, precision)
-        words = _words(config, checkpoint.directory)
-        graphs = export_graphs(config, account, found, folder, stages, token_map=words, copy_weights=copy_weights)
-        copy_tokenizer(checkpoint.directory, folder)
-        facts: dict[str, Any] = {
-            "precision": precision,
-            "precision_note": note,
-            "max_seq_len": length,
-            "command": command,
-            "config": checkpoint.config_json,
-            "chosen": chosen,
-            "thinking": _thinking(config),
-            "checkpoint": {"path": str(checkpoint.directory.resolve()), "header_sha256": checkpoint.header_hash},
-            "audit": {**account.counts, "summary": account.summary(), "skipped_tensors": account.skipped},
-            "graphs": graphs,
-        }
-        bundle = Bundle(folder, facts, config, found, chosen)
-        verification, engines = None, {}
-        if verify:
-            verification = _verified(bundle, account, stages, on_boundary, token_map=words, device=device)
-            facts["verification"] = verification.summary()
-        if engine and (verification is None or verification.passed):
-            engines = _engines(bundle, engine, stages, on_line)
-            facts["engines"] = engines
-        facts["stages"] = stages.done
-        if verification or engines:
-            write_report(folder, facts, config, verification, engines)
-        write_manifest(folder, facts, frozenset(graphs.linked))
-        if verification:
-            verification.check()
-    opened, notes = Bundle.open(Path(out)), [note] if note else []
-    if engines and THINKING in graphs.files and THINKING not in engines:
-        notes.append(f"{THINKING} has no engine: its steps share FP8 blocks. think_step.engine thinks the same.")
-    return Built(opened, account.summary(), graphs, tuple(notes), verification, engines)
+    chosen = Chosen(first_layers(layers), engram_inside, think_steps, None if state == AUTO else state)
+    wanted: dict[str, Any] = {"engine": not no_engine, "verify": not no_verify, "sharding": Sharding(tp, ep, pp)}
+    return planning.plan(model, chosen=chosen, **wanted, **options)
 
 
-def _engines(
-    bundle: Bundle, options: EngineOptions, stages: Stages, on_line: Callable[[str], None] | None
-) -> dict[str, EngineReport]:
-    """The engine of each graph of a bundle, by the graph's name."""
-    precisions, reports = engine_precisions(bundle.folder, bundle.precision), {}
-    with stages.stage("engine", len(precisions)) as advance:
-        for name, precision in precisions.items():
-            graph = bundle.folder / name
-            source, notes = _with_plugins(graph, options, precision)
-            how = (bundle.config, bundle.max_seq_len, precision, options, on_line)
-            report = engine_of(source, *how, engine=graph.with_suffix(ENGINE_SUFFIX))
-            reports[name] = replace(report, warnings=[*notes, *report.warnings])
-            advance(1)
-    return reports
+def bench(
+    folder: str | Path,
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    repetitions: int = 3,
+    threads: int = 0,
+    device: str = "cpu",
+    stages: Stages | None = None,
+) -> Speed:
+    """Measure a bundle by onnxruntime on this machine: random prompts, and the likeliest tokens after them.
 
-
-def _with_plugins(graph: Path, options: EngineOptions, precision: str) -> tuple[Path, list[str]]:
-    """The graph that an engine is built from: itself, or a copy beside it whose ops are launches of kernels; and which
-    ops keep their bodies though kernels were wanted.
+    Raises:
+        BadInput: it is no bundle, or holds fewer tokens.
     """
-    way, budget = plugin_plan(options, precision)
-    if way == "none":
-        return graph, []
-    model, kept = lower_for_plugins(graph, lambda op: implementation(op, way).way == PLUGIN, budget)
-    source = graph.with_name(for_plugins(graph.name))
-    ir.save(model, source)
-    return source, [f"{op} is computed by its body: {reason}" for op, reason in kept.items()]
+    bundle = Bundle.open(Path(folder))
+    if device not in ("cpu", "cuda"):
+        raise BadInput(f"--device {device} is not here to be measured", fix="give cpu or cuda, or --simulate N")
+    made = (bundle.folder, bundle.config, bundle.precision)
+    executor = OnnxExecutor(*made, max_seq_len=bundle.max_seq_len, device=device, threads=threads)
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repetitions": repetitions}
+    with (stages or Stages(quiet=True)).stage("bench", repetitions * (prompt_tokens + new_tokens)) as advance:
+        return measure(executor, bundle.config.vocab_size, advance=advance, **sizes)
 
 
-def _words(config: ModelConfig, directory: Path) -> np.ndarray | None:
-    """Token id -> compressed id, by which Engram looks rows up."""
-    return read_token_map(directory, config.engram, config.vocab_size) if config.engram else None
+def simulate(
+    model: str | Path,
+    devices: int,
+    *,
+    device: str = "h200",
+    tp: int = 1,
+    ep: int = 1,
+    pp: int = 1,
+    batch: int = 1,
+    context: int = 4096,
+    micro_batches: int | None = None,
+    precision: str | None = None,
+    link_gbs: float | None = None,
+    link_us: float = 10.0,
+    efficiency: float | None = None,
+    costs: Path | None = None,
+) -> Simulation:
+    """Tokens a second, and memory, of a model on devices that are not there.
+
+    Args:
+        model: a bundle, a checkpoint directory or a preset's name.
+        devices: how many.
+        device: a name of ``v4export.plan.devices``.
+        tp, ep, pp: how they are used; as suits the model, unless given.
+        batch: sequences.
+        context: cached tokens of each.
+        micro_batches: of a pipeline.
+        precision: a recipe; a bundle's own, else ``native``, unless given.
+        link_gbs, link_us: between devices; bandwidth is the device's own, unless given.
+        efficiency: of all parts, in place of the table's.
+        costs: JSON of measured seconds of a layer, by its kind.
+
+    Raises:
+        BadInput: a name is unknown, or numbers do not go together.
+    """
+    return planning.simulated(
+        model,
+        devices,
+        named_device(device),
+        Sharding(tp, ep, pp),
+        batch=batch,
+        context=context,
+        micro_batches=micro_batches,
+        precision=precision,
+        link=(link_gbs, link_us),
+        efficiency=efficiency,
+        costs=costs,
+    )
 
 
-def _thinking(config: ModelConfig) -> dict[str, Any] | None:
-    """What a manifest says of thoughts: their steps, and when ``--think auto`` pauses."""
-    r = config.reasoning
-    return {"steps": r.steps, "confidence": r.confidence, "threshold": r.threshold} if r and config.thinks else None
+def is_bundle(folder: str | Path) -> bool:
+    """Whether a folder is what a build leaves."""
+    return (Path(folder) / MANIFEST).is_file()
 
 
-def _first(layers: range | None) -> int | None:
-    """How many first layers a range is."""
-    if layers is not None and layers.start:
-        values = f"{layers.start}:{layers.stop}"
-        raise BadInput("layers that are not the first ones cannot be had alone", values, "give --layers 0:N")
-    return None if layers is None else layers.stop
+def costs(folder: str | Path) -> list[foreseen.Cost]:
+    """What each stage of a bundle's build was foreseen to take, and took."""
+    bundle = Bundle.open(Path(folder))
+    return foreseen.compared(bundle.folder, bundle.manifest)
 
 
 def verify(
@@ -299,92 +233,128 @@ def verify(
     """
     stages = stages or Stages(quiet=True)
     bundle = Bundle.open(Path(folder))
-    bundle.check_files()
-    opened, account = audited(checkpoint or bundle.source, bundle.chosen, False, stages)
-    recorded = bundle.manifest["checkpoint"]["header_sha256"]
-    if opened.header_hash != recorded:
-        raise BadInput(
-            f"{opened.directory} is not the checkpoint that {folder} was made from",
-            f"header hash {opened.header_hash[:12]}, the manifest has {recorded[:12]}",
-            "give the right one with --checkpoint, or build again",
-        )
-    words = _words(bundle.config, opened.directory)
+    opened, account = checkpoint_of(bundle, checkpoint, stages)
+    words = token_map_of(bundle.config, opened.directory)
     how = {"token_map": words, "device": device, "prompts": prompts, "decode": decode}
-    return _verified(bundle, account, stages, on_boundary, **how)
+    return verified(bundle, account, stages, on_boundary, **how)
 
 
-def engine(
-    folder: str | Path,
-    options: EngineOptions,
+def evaluate(
+    model: str | Path,
     *,
-    stages: Stages | None = None,
-    on_line: Callable[[str], None] | None = None,
-) -> dict[str, EngineReport]:
-    """Build the engines of an exported bundle's graphs and record them in the manifest; former ones are replaced."""
-    bundle = Bundle.open(Path(folder))
-    engines = _engines(bundle, options, stages or Stages(quiet=True), on_line)
-    facts = {k: v for k, v in bundle.manifest.items() if k not in ("format", "versions", "files")}
-    facts["engines"] = engines
-    write_manifest(bundle.folder, facts, frozenset(facts["graphs"]["linked"]))
-    return engines
-
-
-def run(
-    folder: str | Path,
-    *,
-    prompt: str | None = None,
-    prompt_file: Path | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
-    stop: Sequence[str] = (),
-    ignore_eos: bool = False,
-    skip_decoder: bool = False,
-    think: str | None = None,
-    think_threshold: float | None = None,
-    threads: int = 0,
+    text: str | Path,
+    precision: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+    state: str = AUTO,
+    context: int | None = None,
+    tokens: int | None = None,
+    layers: range | None = None,
+    calibrate: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    out: str | Path | None = None,
     device: str = "cpu",
-    on_text: Callable[[str], None] | None = None,
-) -> Generation:
-    """Generate text from a bundle with onnxruntime; ``on_text`` is told text as it comes.
+    stages: Stages | None = None,
+) -> Evaluation:
+    """Measure what recipes cost in quality on a text, beside the float32 definition; of a bundle, its graph as well.
 
-    With ``skip_decoder``, all but the last tokens of a prompt pass only the layers before the decoder (V4.1). A model
-    with reasoning layers pauses to ``think``: a number of steps before every token, ``auto`` where it is not sure
-    (``think_threshold`` in place of the manifest's), or ``off``; ``auto`` unless given.
+    Args:
+        model: a checkpoint directory, or a bundle.
+        text: UTF-8.
+        precision: names of recipes, ``native`` or ``all``; all unless given, of a bundle its own.
+        keep: exceptions to each, ``FORMAT:PATTERN``.
+        state: ``fp8`` evaluates each once more with cached rows in E4M3.
+        context: tokens of a window, 512 or the model's longest sequence unless given.
+        tokens: most tokens of the text to use.
+        layers: evaluate only the first layers, whose errors are all that is found then.
+        calibrate: text, or a file of :func:`calibrate`'s, for recipes that round inputs by scales.
+        checkpoint: where a bundle's checkpoint is now, if it has moved.
+        out: folder to make of the results, which appears whole or not at all.
+        device: that runs a bundle's graph.
+        stages: shows progress.
+
+    Raises:
+        BadInput, NotEnough, NotSupported: nothing is left.
     """
-    if (prompt is None) == (prompt_file is None):
-        raise BadInput("a prompt is needed, once", fix="give --prompt TEXT or --prompt-file FILE")
-    if prompt is None:
-        try:
-            prompt = Path(prompt_file or "").read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"cannot read {prompt_file}", str(error), "give a text file in UTF-8") from error
-    bundle = Bundle.open(Path(folder))
-    pausing = Pausing.read(think, bundle.thinking, think_threshold)
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    return run_text(
-        OnnxExecutor(
-            bundle.folder,
-            bundle.config,
-            bundle.precision,
-            max_seq_len=bundle.max_seq_len,
-            device=device,
-            threads=threads,
-        ),
-        load_tokenizer(bundle.folder),
-        prompt,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop_strings=stop,
-        stop_ids=frozenset(bundle.config.eos_token_ids),
-        ignore_eos=ignore_eos,
-        skip_decoder=skip_decoder,
-        pausing=pausing,
-        refused_ids={} if bundle.config.image_token_id is None else {bundle.config.image_token_id: _IMAGE},
-        on_text=on_text,
+    stages, folder = stages or Stages(quiet=True), Path(model)
+    bundle = Bundle.open(folder) if (folder / MANIFEST).is_file() else None
+    names = tuple(precision) if precision is not None else () if bundle else (ALL,)
+    asked = evaluation.Asked(Path(text), names, tuple(keep), state == FP8, context, tokens, device)
+    with nullcontext() if out is None else whole_folder(Path(out), force=False) as made:
+        if bundle:
+            if layers is not None:
+                raise BadInput("the layers of a bundle are those it was made of", fix="leave --layers out")
+            opened, account = checkpoint_of(bundle, checkpoint, stages)
+        else:
+            opened, account = audited(model, Chosen(first_layers(layers)), False, stages)
+        words, scales = token_map_of(opened.config, opened.directory), None
+        if calibrate is not None:
+            saved = None if out is None else calibration.saved_beside(Path(out))
+            scales = calibration.scales_of(
+                Path(calibrate), opened, account, stages, token_map=words, saved=saved
+            ).values
+        found = evaluation.evaluate(
+            str(model), opened, account, asked, stages, token_map=words, scales=scales, bundle=bundle
+        )
+        if made:
+            evaluation_report.write(made, found)
+    if out is not None:
+        calibration.saved_beside(Path(out)).unlink(missing_ok=True)
+    return found
+
+
+def calibrate(
+    model: str | Path,
+    out: str | Path,
+    *,
+    text: str | Path,
+    method: str = "percentile",
+    percentile: float = PERCENTILE,
+    tokens: int = calibration.TOKENS,
+    context: int | None = None,
+    force: bool = False,
+    stages: Stages | None = None,
+) -> Calibration:
+    """Find the scales by which ``--precision fp8-w8a8`` rounds inputs, and write them to a file.
+
+    A run that is stopped goes on where it was, if it is called again with the same arguments.
+
+    Args:
+        model: a checkpoint directory.
+        out: the file, ``.safetensors``.
+        text: UTF-8, of the kind that the model will see.
+        method: ``max``, ``percentile`` or ``mse``: which range FP8 is to cover.
+        percentile: of magnitudes, for the method of that name.
+        tokens: of the text to run.
+        context: tokens of a sequence.
+        force: replace ``out``.
+        stages: shows progress.
+
+    Raises:
+        BadInput: ``out`` exists or is called otherwise, or the text does not suffice.
+    """
+    file, how = Path(out), Method(method, percentile)
+    if file.suffix != calibration.SUFFIX:
+        raise BadInput(f"{out} is no name of a file of scales", fix=f"give -o NAME{calibration.SUFFIX}")
+    if file.exists() and not force:
+        raise BadInput(f"{out} exists", fix="choose another -o, or replace it with --force")
+    stages = stages or Stages(quiet=True)
+    checkpoint, account = audited(model, UNCHANGED, False, stages)
+    words, saved = token_map_of(checkpoint.config, checkpoint.directory), calibration.saved_beside(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = calibration.from_text(
+        Path(text),
+        checkpoint,
+        account,
+        stages,
+        token_map=words,
+        saved=saved,
+        method=how,
+        tokens=tokens,
+        context=context,
     )
+    found.scales.write(file)
+    saved.unlink(missing_ok=True)
+    return found
 
 
 def synth(
@@ -412,42 +382,3 @@ def _config_file(config: str) -> ModelConfig:
     if not Path(config).exists():
         presets.load(config)  # its error names presets that look alike
     return read_config(Path(config))
-
-
-def _verified(
-    bundle: Bundle, account: Audit, stages: Stages, on_boundary: Callable[[Boundary], None], **options: Any
-) -> Verification:
-    """Verify with progress."""
-    with stages.stage("verify", expected_boundaries(bundle.config)) as advance:
-
-        def show(boundary: Boundary) -> None:
-            advance(1)
-            on_boundary(boundary)
-
-        return verify_bundle(bundle, account.weights, advance=show, **options)
-
-
-def _longest(config: ModelConfig, asked: int | None) -> int:
-    """Longest sequence of a bundle."""
-    own = config.max_position_embeddings
-    if asked and asked > own:
-        raise BadInput(
-            "--max-seq-len is longer than the model",
-            f"{asked}, max_position_embeddings is {own}",
-            f"give at most {own}",
-        )
-    return asked or min(DEFAULT_MAX_SEQ_LEN, own)
-
-
-def audited(model: str | Path, chosen: Chosen, scan_values: bool, stages: Stages) -> tuple[Checkpoint, Audit]:
-    """Open and audit a checkpoint."""
-    checkpoint = open_checkpoint(model, chosen)
-    with stages.stage("audit", checkpoint.nbytes) as advance:
-        return checkpoint, audit(checkpoint, scan_values=scan_values, advance=advance)
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy what the text side of a bundle needs."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)

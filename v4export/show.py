@@ -13,9 +13,13 @@ from rich.table import Table
 from v4export.config import Engram, ModelConfig, Reasoning
 from v4export.config.readers import table_rows
 from v4export.engine.targets import support_rows
+from v4export.evaluate.results import Evaluation
+from v4export.evaluate.results import rows as evaluation_rows
+from v4export.evaluate.results import summary as evaluation_summary
 
 if TYPE_CHECKING:  # at run time these rooms are heavy, and nothing here needs more than their results
     from v4export.api import Built, Inspection
+    from v4export.calibrate.calibration import Calibration
     from v4export.engine.build import EngineReport
     from v4export.engine.doctor import Finding
     from v4export.runtime.generate import Generation
@@ -26,11 +30,13 @@ def built(result: Built, seconds: float, command: str) -> str:
     g, folder = result.graphs, result.bundle.folder
     lines = [
         result.audit,
-        f"{folder / 'model.onnx'}: {g.nodes} nodes, {_mib(g.pointed_bytes)} of weights used where they lie, "
-        f"{_mib(g.written_bytes)} written",
+        f"{folder / 'model.onnx'}: {g.nodes} nodes, {mib(g.pointed_bytes)} of weights used where they lie, "
+        f"{mib(g.written_bytes)} written",
     ]
+    if g.cpu_bytes:
+        lines.append(f"{folder / 'model.cpu.onnx'}: {mib(g.cpu_bytes)} written once more, for a CPU's kernels")
     if g.beside_bytes:
-        lines.append(f"{folder / 'engram.json'}: {_mib(g.beside_bytes)} of tables read where they lie")
+        lines.append(f"{folder / 'engram.json'}: {mib(g.beside_bytes)} of tables read where they lie")
     lines += result.notes
     lines += [engine(one) for one in result.engines.values()]
     if result.verification:
@@ -40,11 +46,45 @@ def built(result: Built, seconds: float, command: str) -> str:
     return "\n".join(lines)
 
 
+def calibration(found: Calibration, file: object) -> str:
+    """What a calibration came to: a row for every linear layer, two for the experts of a layer."""
+    rows = []
+    for one in found.found.values():
+        scales, borrowed = one.values.reshape(-1), ", ".join(map(str, one.borrowed))
+        module = one.name.removesuffix(".input_scale").removesuffix("_scale").removeprefix("model.")
+        of_layer = module.startswith("layers.")
+        layer, _, path = module.removeprefix("layers.").partition(".") if of_layer else ("", "", module)
+        spans = _span(one.ranges, ".4g"), _span(scales.tolist(), ".3e"), _span(one.tokens, ",d")
+        rows.append((layer, path, *spans, borrowed))
+    head = ("layer", "reads", "range", "scale", "tokens", "experts that borrowed")
+    few = sum(len(one.borrowed) for one in found.found.values())
+    made = f"{file}: {len(rows)} scales by {found.scales.made['method']} over {found.tokens:,} tokens"
+    return f"{_table(head, rows)}\n\n{made}, {few} of experts borrowed"
+
+
+def calibration_json(found: Calibration) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "made": found.scales.made,
+        "checkpoint": found.scales.checkpoint,
+        "scales": {
+            name: {"range": one.ranges, "scale": one.values.tolist(), "tokens": one.tokens, "borrowed": one.borrowed}
+            for name, one in found.found.items()
+        },
+    }
+
+
+def _span(values: Sequence[Any], form: str) -> str:
+    """One number, or the least and the largest of several."""
+    least, largest = (f"{pick(values):{form}}" for pick in (min, max))
+    return least if least == largest else f"{least} .. {largest}"
+
+
 def engine(report: EngineReport) -> str:
     """What TensorRT built."""
     proofs = "".join(f"\n  ✓ {claim}: {evidence}" for claim, evidence in report.proofs)
     return (
-        f"{report.path}: {_mib(report.bytes)}, {report.backend} {report.backend_version} for "
+        f"{report.path}: {mib(report.bytes)}, {report.backend} {report.backend_version} for "
         f"{', '.join(report.targets)}; built, not run{proofs}"
     )
 
@@ -109,8 +149,8 @@ def inspection(found: Inspection) -> str:
         **({"reasoning": _reasoning(c.reasoning, p.by_part)} if c.reasoning and c.thinks else {}),
         **({"decoder": _decoder(c, p.active_remembering)} if p.active_remembering else {}),
         "state": f"{found.state_bytes_per_token:,} bytes per token in 16 bits"
-        + (f", and {_mib(found.state_bytes_fixed)} whatever the length" if found.state_bytes_fixed else ""),
-        "stored": f"{_mib(found.stored_bytes)}: " + ", ".join(f"{n} {d}" for d, n in found.dtypes.items())
+        + (f", and {mib(found.state_bytes_fixed)} whatever the length" if found.state_bytes_fixed else ""),
+        "stored": f"{mib(found.stored_bytes)}: " + ", ".join(f"{n} {d}" for d, n in found.dtypes.items())
         if found.dtypes
         else "a preset has no weights",
     }
@@ -158,6 +198,11 @@ def _decoder(c: ModelConfig, active: int) -> str:
     return f"from layer {first} on; {active:,} parameters active for a token of a prompt that skips it"
 
 
+def evaluation(found: Evaluation) -> str:
+    """What recipes cost in quality."""
+    return "\n".join([table(evaluation_rows(found)), "", evaluation_summary(found), *found.notes])
+
+
 def preset_table(found: Mapping[str, Inspection]) -> str:
     """All presets, a line each."""
     rows = [
@@ -191,5 +236,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def mib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

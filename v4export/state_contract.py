@@ -4,14 +4,29 @@ A state tensor is a list of rows. A row stands for one token, or for ``every`` t
 numbered accordingly. The graph reads rows and returns new ones; who calls it puts them in their places: row n at index
 n, or at ``n % ring`` where only the last ``ring`` rows are kept. So a step copies nothing, and prefill in chunks of any
 length leaves the state that single steps leave.
+
+Rows that attention reads may be kept as E4M3: then a tensor of that type and one of multipliers take the place of one
+of the activations' type, and a row is their product, ``SCALED`` columns to a multiplier. The last columns of keys,
+which say where a token stands, are kept as they are, in a third tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from v4export.config import CSA, FULL, HCA, ModelConfig
+
+#: Types that are not the activations'.
+FLOAT32, E4M3 = "float32", "float8_e4m3fn"
+_BYTES = {FLOAT32: 4, E4M3: 1}
+#: Columns of a row of E4M3 that share a multiplier.
+SCALED = 64
+#: How the names of multipliers end, and those of rotated columns.
+SCALE, ROTATED = "_scale", "_rotated"
+#: Rows whose last columns are rotated and not rounded, as in DeepSeek's own serving code: in the trained example they
+#: are a fifth of a row, and five sixths of what rounding all of it does to predictions.
+_PARTLY_EXACT = ("latent", "window", "entry")
 
 
 @dataclass(frozen=True)
@@ -23,7 +38,7 @@ class StateTensor:
         width: of a row.
         every: tokens that a row stands for. A row is complete, and may be seen, once its last token has come.
         ring: rows that are kept, or None for all.
-        float32: whatever the type of activations.
+        dtype: float32 or E4M3; None is the activations' type.
         reads_oldest: whether a step reads the row whose place in the ring its own first row is to take, so that the new
             one must not be there before the step has ended.
     """
@@ -32,8 +47,13 @@ class StateTensor:
     width: int
     every: int = 1
     ring: int | None = None
-    float32: bool = False
+    dtype: str | None = None
     reads_oldest: bool = False
+
+    @property
+    def rows(self) -> str:
+        """The name of the rows that it is a part of, or all of."""
+        return self.name.removesuffix(SCALE).removesuffix(ROTATED)
 
     def complete(self, tokens: int) -> int:
         """Rows that so many tokens complete."""
@@ -61,7 +81,32 @@ def state_tensors(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
     """The state of one layer; reasoning layers come after the model's own."""
     if layer >= config.num_layers:
         return state_tensors(config.thinker, layer - config.num_layers)
-    return (*_attention(config, layer), *_engram(config, layer))
+    kept = _attention(config, layer)
+    if config.state_fp8:
+        kept = tuple(part for t in kept for part in ((t,) if t.dtype else _narrow(t, exact_columns(config, t.name))))
+    return (*kept, *_engram(config, layer))
+
+
+def _narrow(tensor: StateTensor, exact: int) -> Iterator[StateTensor]:
+    """What takes the place of rows of the activations' type: E4M3, multipliers, and the last columns as they are."""
+    width = tensor.width - exact
+    yield replace(tensor, width=width, dtype=E4M3)
+    yield replace(tensor, name=tensor.name + SCALE, width=-(-width // SCALED), dtype=FLOAT32)
+    if exact:
+        yield replace(tensor, name=tensor.name + ROTATED, width=exact)
+
+
+def exact_columns(config: ModelConfig, name: str) -> int:
+    """How many last columns of rows of a name are not rounded."""
+    return config.qk_rope_head_dim if name in _PARTLY_EXACT else 0
+
+
+def kept_as(config: ModelConfig, *names: str) -> list[str]:
+    """The tensors that rows of these names are kept in."""
+    if not config.state_fp8:
+        return [*names]
+    ends = {name: ["", SCALE, *([ROTATED] if name in _PARTLY_EXACT else [])] for name in names}
+    return [name + end for name in names for end in ends[name]]
 
 
 def _attention(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
@@ -101,14 +146,14 @@ def remembered(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
     if not config.is_decoder(layer):
         return tensors
     first = config.compressed and config.compressed.shared and layer == config.compressed.shared.decoder
-    return tuple(t for t in tensors if t.name != "window") if first else ()
+    return tuple(t for t in tensors if t.rows != "window") if first else ()
 
 
 def may_skip_decoder(config: ModelConfig) -> bool:
     """Whether tokens can be remembered without passing the decoder: whatever only it knows of them is in windows."""
     layers = range(config.state_layers)
     left = [set(state_tensors(config, i)) - set(remembered(config, i)) for i in layers]
-    return any(map(config.is_decoder, layers)) and all(t.name == "window" for some in left for t in some)
+    return any(map(config.is_decoder, layers)) and all(t.rows == "window" for some in left for t in some)
 
 
 def _compressor(entry: str, rows: str, width: int, ratio: int, halves: int) -> tuple[StateTensor, StateTensor]:
@@ -117,7 +162,7 @@ def _compressor(entry: str, rows: str, width: int, ratio: int, halves: int) -> t
     With overlap (``halves`` = 2) an entry is pooled from its own tokens' second halves and the first halves of those
     before, so twice as many tokens are kept.
     """
-    open_rows = StateTensor(rows, 2 * halves * width, ring=halves * ratio, float32=True)
+    open_rows = StateTensor(rows, 2 * halves * width, ring=halves * ratio, dtype=FLOAT32)
     return StateTensor(entry, width, every=ratio), open_rows
 
 
@@ -127,10 +172,20 @@ def _all(config: ModelConfig) -> Iterator[StateTensor]:
 
 def bytes_per_token(config: ModelConfig, itemsize: int = 2) -> float:
     """Bytes by which a sequence's state grows with each token, the activations' type having ``itemsize`` bytes."""
-    total = sum(t.width * (4 if t.float32 else itemsize) / t.every for t in _all(config) if t.ring is None)
+    total = sum(row_bytes(t, itemsize) / t.every for t in _all(config) if t.ring is None)
     return int(total) if total == int(total) else total
 
 
 def fixed_bytes(config: ModelConfig, itemsize: int = 2) -> int:
     """Bytes of a sequence's state that do not depend on its length."""
-    return sum(t.width * (4 if t.float32 else itemsize) * t.ring for t in _all(config) if t.ring)
+    return sum(row_bytes(t, itemsize) * t.ring for t in _all(config) if t.ring)
+
+
+def layer_bytes(config: ModelConfig, layer: int, tokens: int, itemsize: int = 2) -> int:
+    """Bytes of one layer's state of a sequence of so many tokens: rows of all that are complete, and whole rings."""
+    return sum(row_bytes(t, itemsize) * (t.ring or t.complete(tokens)) for t in state_tensors(config, layer))
+
+
+def row_bytes(tensor: StateTensor, itemsize: int) -> int:
+    """Bytes of one row."""
+    return tensor.width * (itemsize if tensor.dtype is None else _BYTES[tensor.dtype])

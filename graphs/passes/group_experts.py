@@ -6,7 +6,7 @@ copy. Gate and up are one matrix where the file has them side by side, which spa
 twenty of a token's time. Against the portable body, which stacks and gathers, a single token takes as long, 16 tokens a
 third, and 128 tokens a seventh of the time; the session loads in a twentieth (``docs/benchmarks.md``).
 
-FP8 and packed E2M1 experts are left to ``scaled_experts``, which widens those that were chosen.
+Experts in a narrow format are left to ``scaled_experts``, which widens those that were chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from v4export.graphs.passes.adjacent import joined
 from v4export.graphs.passes.replaced import replace
 from v4export.graphs.passes.scaled_experts import ScaledExperts
 from v4export.plugins.function_body import Body
-from v4export.plugins.moe_experts.onnx import PLAIN, swiglu
+from v4export.plugins.moe_experts.onnx import PLAIN, input_scales, operands_of, swiglu
 
 
 def group_experts(model: ir.Model) -> bool:
@@ -30,7 +30,8 @@ def group_experts(model: ir.Model) -> bool:
         body = Body(f"{node.name}.")
         y = _grouped(body, node, model.graph)
         replace(model.graph, node, [node], body.nodes, node.outputs, [y])
-    model.functions.pop(("v4", "MoeExperts", ""), None)
+    for key in [key for key in model.functions if key[:2] == ("v4", "MoeExperts")]:
+        model.functions.pop(key)
     return bool(nodes)
 
 
@@ -54,10 +55,12 @@ def _sorted_products(
     """Rows [M*K, D], sorted by expert, each through its expert: float32 [M*K, D]."""
     a = node.attributes
     count, stored, limit = a["num_experts"].as_int(), a["format"].as_string(), a["limit"].as_float()
-    matrices, scales = operands[: 3 * count], operands[3 * count :]
+    operands = operands[: 3 * count * operands_of(stored)]
+    matrices, scales, scales_2 = (operands[i * 3 * count : (i + 1) * 3 * count] for i in range(3))
     if stored != PLAIN:
         block = a["rows"].as_int(), a["columns"].as_int()
-        return ScaledExperts(graph, matrices, scales, stored, block, limit, _dtype(node)).products(b, flat, rows)
+        how = (stored, block, limit, _dtype(node), input_scales(node))
+        return ScaledExperts(graph, matrices, scales, scales_2, *how).products(b, flat, rows)
     hits = b.op("Equal", b.op("Unsqueeze", flat, b.const([1])), b.const(np.arange(count)))
     counts = b.op("ReduceSum", b.cast(hits, ir.DataType.INT64), b.const([0]), keepdims=0)
     gate, up, down = ([_flat(v) for v in matrices[part * count : (part + 1) * count]] for part in range(3))

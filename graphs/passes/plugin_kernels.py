@@ -18,6 +18,8 @@ from v4export.plugins import BY_NODE
 from v4export.plugins.function_body import VERSION
 from v4export.plugins.kernels.kernel import PLAIN_SHARED, Unfit
 from v4export.plugins.kernels.nodes import NAMESPACE, NodeWriter
+from v4export.plugins.moe_experts.onnx import OP_TYPE as EXPERTS
+from v4export.plugins.moe_experts.onnx import operands_of
 
 _WORD = ir.DataType.INT32
 _PACKED = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1)
@@ -61,11 +63,14 @@ def arguments(node: ir.Node) -> list[Any]:
     """What the torch op would be called with: operands and attributes of a custom node, in the op's order."""
     op, inputs = BY_NODE[node.domain, node.op_type], list(node.inputs)
     found: list[Any] = []
+    # Of the lists that an op may have, so many are there; what follows them is no part of one.
+    filled = 3 * operands_of(node.attributes["format"].as_string()) if op.op_type == EXPERTS else 0
     for argument in op.torch_op._opoverload._schema.arguments:
         kind = str(argument.type)
         if kind == "List[Tensor]":
-            taken = node.attributes["num_experts"].as_int() if inputs else 0
+            taken = node.attributes["num_experts"].as_int() if filled > 0 else 0
             found.append([inputs.pop(0) for _ in range(taken)])
+            filled -= 1
         elif "Tensor" in kind:
             found.append(inputs.pop(0) if inputs else None)
         else:

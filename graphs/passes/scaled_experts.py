@@ -1,11 +1,11 @@
-"""FP8 and packed E2M1 experts, widened when a token has chosen them, for onnxruntime on a CPU.
+"""Experts in narrow formats, widened when a token has chosen them, for onnxruntime on a CPU.
 
 onnxruntime widens constants when it loads a graph, and would hold every expert as float32. Here a loop over the chosen
 experts takes the bytes of one from the checkpoint's file by its number, which is known at run time alone. The node
 count does not depend on the number of experts.
 
 Each byte is looked up in a table: onnxruntime's GatherElements does that five times as fast as its Cast from FP8. Of
-E2M1, the two halves of the bytes are the even and the odd columns, and give one product each.
+packed numbers, the two halves of the bytes are the even and the odd columns, and give one product each.
 
 The graph is float32 inside, and rounds what the portable body rounds if that has 16 bits.
 """
@@ -16,21 +16,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from v4export.graphs.passes.byte_tables import TABLES, shared
 from v4export.graphs.passes.regions import Region, regions, take
-from v4export.graphs.passes.unpack_fp4 import PAIRS, shared
 from v4export.plugins.function_body import Body
-from v4export.plugins.moe_experts.onnx import FP4, swiglu
+from v4export.plugins.moe_experts.onnx import swiglu
+from v4export.plugins.round_to_fp8.onnx import rounded
+from v4export.plugins.widened import POWERS
+from v4export.precision import FORMATS
 
-#: Float32 numbers that the bytes of a matrix stand for: one table for FP8, one for each half of a byte of E2M1.
-_TABLES = {
-    "e4m3": np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32),
-    "e2m1_low": PAIRS[:, 0],
-    "e2m1_high": PAIRS[:, 1],
-}
 #: GatherElements shares its work out by rows and wants a table for each.
 _ROWS = 64
 
@@ -43,19 +39,23 @@ class ScaledExperts:
         graph: that holds them.
         matrices: E gates, E ups, E downs, initialisers [1, out, in].
         scales: their multipliers, initialisers.
-        stored: ``FP8`` or ``FP4``.
-        block: height and width of a block.
+        scales_2: multipliers of these, where they are FP8.
+        stored: name of the format.
+        block: height and width of a block, 0 being all of a row.
         limit: of SwiGLU.
         dtype: of the activations.
+        roundings: scales [E] by which what gates and ups, and what downs multiply is rounded to FP8, if it is.
     """
 
     graph: ir.Graph
     matrices: Sequence[ir.Value]
     scales: Sequence[ir.Value]
+    scales_2: Sequence[ir.Value]
     stored: str
     block: tuple[int, int]
     limit: float
     dtype: ir.DataType
+    roundings: Sequence[ir.Value] = ()
 
     def products(self, b: Body, flat: ir.Value, rows: ir.Value) -> ir.Value:
         """Each row through its expert, float32.
@@ -71,6 +71,8 @@ class ScaledExperts:
         weights = regions(self.graph, self.matrices, ir.DataType.UINT8)
         scale_dtype = self.scales[0].dtype
         assert scale_dtype is not None
+        if scale_dtype in TABLES:
+            scale_dtype = ir.DataType.UINT8
         scales = regions(self.graph, self.scales, scale_dtype)
         step = ir.Value(name=f"{hit.name}.step", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
         go = ir.Value(name=f"{hit.name}.go", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
@@ -100,31 +102,68 @@ class ScaledExperts:
         def product(part: int, halves: Sequence[ir.Value]) -> ir.Value:
             at = part * len(self.matrices) // 3
             number = b.op("Add", expert, b.const(at))
-            matrix = self._widened(b, take(b, weights, number), take(b, scales, number), at)
+            grid = self._grid(b, take(b, scales, number), number, at)
+            matrix = self._widened(b, take(b, weights, number), grid, at)
             total: tuple[ir.Value, ...] = ()
             for half, w in zip(halves, matrix, strict=True):
                 total = (b.op("Gemm", half, w, *total, transB=1),)
             return self._rounded(b, total[0])
 
+        x = [self._as_read(b, half, expert, 0) for half in x]
         h = swiglu(b, product(0, x), product(1, x), ir.DataType.FLOAT, self.limit)
-        return product(2, self._halves(b, self._rounded(b, h)))
+        return product(2, self._halves(b, self._as_read(b, self._rounded(b, h), expert, 1)))
+
+    def _as_read(self, b: Body, rows: ir.Value, expert: ir.Value, which: int) -> ir.Value:
+        """Rows as the expert multiplies them."""
+        if not self.roundings:
+            return rows
+        return self._rounded(b, rounded(b, rows, b.op("Gather", self.roundings[which], expert, axis=0)))
 
     def _halves(self, b: Body, x: ir.Value) -> list[ir.Value]:
         """Even and odd columns, where the matrices are stored so."""
-        if self.stored != FP4:
+        if len(self._tables) == 1:
             return [x]
         end, axis, step = b.const([np.iinfo(np.int64).max]), b.const([1]), b.const([2])
         return [b.op("Slice", x, b.const([first]), end, axis, step) for first in (0, 1)]
 
-    def _widened(self, b: Body, content: ir.Value, scale: ir.Value, at: int) -> list[ir.Value]:
-        """The matrix [out, in] with a number, or its even and its odd columns."""
+    @property
+    def _tables(self) -> tuple[np.ndarray, ...]:
+        dtype = self.matrices[0].dtype
+        assert dtype is not None
+        return TABLES[dtype]
+
+    def _looked_up(self, b: Body, content: ir.Value, name: str, table: np.ndarray) -> ir.Value:
+        """Numbers [lines, ..] of bytes [lines, ..] int32."""
+        tables = shared(self.graph, f"table.{name}", np.tile(table, (_ROWS, 1)))
+        return b.op("GatherElements", tables, content, axis=1)
+
+    def _lines(self, b: Body, content: ir.Value, count: int) -> ir.Value:
+        return b.cast(b.reshape(content, math.gcd(_ROWS, count), -1), ir.DataType.INT32)
+
+    def _grid(self, b: Body, content: ir.Value, number: ir.Value, at: int) -> ir.Value:
+        """The multipliers of the matrix with a number, float32 on their grid, from their elements."""
+        rows, columns = _sizes(self.scales[at])
+        if self.scales_2:
+            (table,) = TABLES[ir.DataType.FLOAT8E4M3FN]
+            wide = self._looked_up(b, self._lines(b, content, rows * columns), "FLOAT8E4M3FN", table)
+            values = [value.const_value for value in self.scales_2]
+            each = np.array([v.numpy().item() for v in values if v is not None], np.float32)
+            return b.reshape(
+                b.op("Mul", wide, b.op("Gather", b.const(each, np.float32), number, axis=0)), rows, columns
+            )
+        if self.scales[0].dtype == ir.DataType.UINT8:
+            return b.reshape(
+                self._looked_up(b, self._lines(b, content, rows * columns), "FLOAT8E8M0", POWERS), rows, columns
+            )
+        wide = content if content.dtype == ir.DataType.FLOAT else b.cast(content, ir.DataType.FLOAT)
+        return b.reshape(wide, rows, columns)
+
+    def _widened(self, b: Body, content: ir.Value, grid: ir.Value, at: int) -> list[ir.Value]:
+        """The matrix [out, in] of some bytes, or its even and its odd columns."""
         out, width = _sizes(self.matrices[at])
-        names = ("e2m1_low", "e2m1_high") if self.stored == FP4 else ("e4m3",)
-        width, columns = width // len(names), self.block[1] // len(names)
-        lines = math.gcd(_ROWS, out * width)
-        codes = b.cast(b.reshape(content, lines, -1), ir.DataType.INT32)
-        scale = scale if scale.dtype == ir.DataType.FLOAT else b.cast(scale, ir.DataType.FLOAT)
-        grid = b.reshape(scale, *_sizes(self.scales[at]))
+        tables = self._tables
+        width, columns = width // len(tables), (self.block[1] or width) // len(tables)
+        codes = self._lines(b, content, out * width)
         if self.block[0] > 1:
             grid = b.op("Gather", grid, b.const(np.arange(out) // self.block[0]), axis=0)
         whole = width % columns == 0
@@ -132,15 +171,16 @@ class ScaledExperts:
             grid = b.op("Gather", grid, b.const(np.arange(width) // columns), axis=1)
         grid = b.op("Unsqueeze", grid, b.const([2]))
         found = []
-        for name in names:
-            table = shared(self.graph, f"table.{name}", np.tile(_TABLES[name], (_ROWS, 1)))
-            blocks = b.reshape(b.op("GatherElements", table, codes, axis=1), out, -1, columns if whole else 1)
+        for half, table in enumerate(tables):
+            numbers = self._looked_up(b, codes, f"{self.matrices[0].dtype.name}.{half}", table)  # type: ignore[union-attr]
+            blocks = b.reshape(numbers, out, -1, columns if whole else 1)
             found.append(self._rounded(b, b.reshape(b.op("Mul", blocks, grid), out, width), matrix=True))
         return found
 
     def _rounded(self, b: Body, value: ir.Value, matrix: bool = False) -> ir.Value:
-        """As the activations' type would hold it; E2M1 times a power of two is a bfloat16 already."""
-        if self.dtype == ir.DataType.FLOAT or (matrix and self.stored == FP4 and self.dtype == ir.DataType.BFLOAT16):
+        """As the activations' type would hold it; eight bits and less times a power of two are a bfloat16 already."""
+        exact = matrix and FORMATS[self.stored].power_of_two and self.dtype == ir.DataType.BFLOAT16
+        if exact or self.dtype == ir.DataType.FLOAT:
             return value
         return b.cast(b.cast(value, self.dtype), ir.DataType.FLOAT)
 

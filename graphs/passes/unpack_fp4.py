@@ -11,13 +11,13 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from v4export.graphs.passes.byte_tables import TABLES, shared
 from v4export.graphs.passes.declared_again import declared_again
 from v4export.graphs.passes.replaced import replace
 from v4export.plugins.function_body import Body
-from v4export.plugins.moe_experts.op import E2M1
 
 #: The two numbers of each byte, float32 [256, 2]: the even column's in the low bits.
-PAIRS = np.array([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], np.float32)
+PAIRS = np.stack(TABLES[ir.DataType.FLOAT4E2M1], axis=1)
 
 
 def unpack_fp4(model: ir.Model) -> bool:
@@ -35,16 +35,6 @@ def unpack_fp4(model: ir.Model) -> bool:
     for name in [name for name, value in graph.initializers.items() if _is_packed(value) and not value.uses()]:
         graph.initializers.pop(name)
     return bool(nodes)
-
-
-def shared(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The graph's initialiser of that name, made if it is not there."""
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        graph.register_initializer(
-            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        )
-    return graph.initializers[name]
 
 
 def _is_packed(value: ir.Value | None) -> bool:

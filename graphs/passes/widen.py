@@ -17,7 +17,7 @@ from v4export.plugins.block_dequantize.onnx import OP_TYPE as BLOCK_DEQUANTIZE
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 #: Operators whose output type is an attribute.
-_NAMES_ITS_TYPE = {"Cast": "to", BLOCK_DEQUANTIZE: "output_dtype"}
+_NAMES_ITS_TYPE = {"Cast": "to", BLOCK_DEQUANTIZE: "output_dtype", "DequantizeLinear": "output_dtype"}
 
 #: Operators that only move values: what was representable stays so, and nothing needs rounding.
 MOVES = frozenset(

@@ -31,7 +31,8 @@ def at_least_two_blocks(shape: Sequence[int], block: Sequence[int]) -> list[int]
 
 def translate(w, scale, rows, columns, dtype):  # type: ignore[no-untyped-def]
     """The node for a call of the torch op."""
-    block = at_least_two_blocks(w.shape, [rows, columns])
+    packed = w.dtype == ir.DataType.UINT8  # here, and FLOAT4E2M1 in the finished graph
+    block = at_least_two_blocks([w.shape[0], w.shape[1] * (2 if packed else 1)], [rows, columns])
     if block[0] != rows:
         scale = opset23.Concat(scale, scale, axis=0)
     return opset(DOMAIN).TRT_BlockDequantize(w, scale, block_shape=block, output_dtype=int(dtype))

@@ -14,9 +14,9 @@ from v4export.plugins.kernels.kernel import ACTIVATIONS, Constant, Kernel, Sizes
 from v4export.plugins.kernels.size import cdiv, least
 
 _HERE = Path(__file__).parent
-#: What the sources call a form of matrices, by the type that they are stored in; PLAIN is that of the activations.
+#: What the sources call the formats of matrices that they read; PLAIN is that of the activations.
 PLAIN = "PLAIN"
-FORMATS = {"uint8": "FP4", "float4_e2m1": "FP4", "float8_e4m3fn": "FP8"}
+FORMATS = {"": PLAIN, "fp8": "FP8", "fp8-row": "FP8", "mxfp4": "FP4"}
 #: Columns of an FP8 block must be a multiple of what a product takes between two multipliers.
 FP8_COLUMNS = 64
 #: Tokens of a tile, by the form of matrices: as many as leave registers for two blocks of threads and more.
@@ -93,24 +93,34 @@ def down_kernel(stored: str, parts: int) -> Kernel:
 
 
 def kernels(  # type: ignore[no-untyped-def]
-    call: Any, x, weights, indices, gate, up, down, gate_scale, up_scale, down_scale, rows, columns, limit
-):
+    call: Any, x, weights, indices, gate, up, down, gate_scale, up_scale, down_scale, gate_scale_2, up_scale_2,
+    down_scale_2, format, rows, columns, limit, input_scale=None, middle_scale=None,
+):  # fmt: skip
     """The op as calls of kernels.
 
     Raises:
-        Unfit: FP8 blocks are narrower than a product's step.
+        Unfit: there is no kernel for the format or for experts that round what they multiply, or FP8 blocks are
+            narrower than a product's step.
     """
+    if input_scale is not None or middle_scale is not None:
+        raise Unfit("no kernel rounds what experts multiply to FP8")
     (_, D), (_, K), F = x.shape, indices.shape, gate[0].shape[-2]
-    stored = FORMATS.get(call.dtype_of(gate[0]), PLAIN)
-    if stored == "FP8" and columns % FP8_COLUMNS:
-        raise Unfit(f"FP8 blocks have {columns} columns, and the kernel needs a multiple of {FP8_COLUMNS}")
+    if format not in FORMATS:
+        raise Unfit(f"no kernel reads experts in {format}")
+    stored = FORMATS[format]
+    across = [columns or D, columns or F]  # of a block of gates and ups, and of downs
+    odd = [size for size in across if size % FP8_COLUMNS]
+    if stored == "FP8" and odd:
+        raise Unfit(f"FP8 blocks have {odd[0]} columns, and the kernel needs a multiple of {FP8_COLUMNS}")
     dtype = call.dtype_of(x)
-    constants = {"FORMAT": stored, "ROWS": rows, "COLUMNS": columns}
+    constants = {"FORMAT": stored, "ROWS": rows}
     constants["TOKENS"] = 8 if dtype == ACTIVATIONS[0] else TOKENS[stored]
     order, tiles = call(SORT, call.reshape(indices, -1), E=len(gate), TOKENS=constants["TOKENS"])
     operands, stacked = call.tables(gate, up, gate_scale, up_scale)
     up_of, down_of = (make(stored, stacked["PARTS"]) for make in (up_kernel, down_kernel))
+    constants["COLUMNS"] = across[0]
     (h,) = call(up_of, x, order, tiles, *operands, F=F, K=K, LIMIT=float(limit or 0.0), **stacked, **constants)
     operands, stacked = call.tables(down, down_scale)
+    constants["COLUMNS"] = across[1]
     (out,) = call(down_of, h, call.reshape(weights, -1), order, tiles, *operands, D=D, **stacked, **constants)
     return call(SUM, call.reshape(out, -1, K, D), TYPE=dtype)

@@ -29,20 +29,22 @@ from v4export.engine.build import build_engine
 from v4export.engine.evidence import read_plan
 from v4export.engine.profiles import ShapeOverride
 from v4export.errors import BadInput, NotEnough, NotSupported
+from v4export.precision import PRECISIONS
 
 pytest.importorskip("tensorrt_rtx")
 SIZES = {"max_batch": 2, "max_seq_len": 64, "max_chunk": 8, "backend": "tensorrt_rtx"}
 
 
 def build(proto, folder: Path, precision: str, external: bool = False, **options):
-    return build_engine(save(proto, folder, external), folder / "m.engine", precision=precision, **SIZES | options)
+    options = {"precision": PRECISIONS[precision], **SIZES, **options}
+    return build_engine(save(proto, folder, external), folder / "m.engine", **options)
 
 
 def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(("precision", "target"), [("fp32", "sm80"), ("fp16", "sm75"), ("bf16", "rtx4090")])
+@pytest.mark.parametrize(("precision", "target"), [("fp32", "sm80"), ("fp16", "sm86"), ("bf16", "rtx4090")])
 def test_precisions(tmp_path, precision, target):
     report = build(linear(precision), tmp_path, precision, targets=[target])
     data = (tmp_path / "m.engine").read_bytes()
@@ -87,7 +89,8 @@ def test_fp4_for_a_gpu_without_it(tmp_path):
 
 def test_repeated_builds_are_identical(tmp_path):
     onnx_file = save(fp8_linear(256, 384), tmp_path)
-    built = [build_engine(onnx_file, tmp_path / name, precision="fp8", targets=["sm89"], **SIZES) for name in "ab"]
+    options = {"precision": PRECISIONS["fp8"], "targets": ["sm89"], **SIZES}
+    built = [build_engine(onnx_file, tmp_path / name, **options) for name in "ab"]
     assert built[0].sha256 == built[1].sha256
 
 
@@ -160,7 +163,7 @@ def test_attention_whose_lengths_would_be_dropped(tmp_path):
 
 def test_file_that_is_missing(tmp_path):
     with pytest.raises(BadInput, match="no ONNX file"):
-        build_engine(tmp_path / "none.onnx", tmp_path / "m.engine", precision="fp16")
+        build_engine(tmp_path / "none.onnx", tmp_path / "m.engine", precision=PRECISIONS["fp16"])
 
 
 def child() -> psutil.Process:
@@ -237,3 +240,9 @@ def test_experts_dequantised_one_by_one_then_stacked(tmp_path):
     outputs = [value("y", TensorProto.BFLOAT16, ["B", rows, 1])]
     proto = model(nodes, inputs, outputs, [*weights, *scales], [dequantize_function()])
     assert build(proto, tmp_path, "fp8").layers["DEQUANTIZE"] == count
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_weights_that_can_stay_in_host_memory(tmp_path, streamed):
+    report = build(linear("fp16"), tmp_path, "fp16", targets=["sm86"], weight_streaming=streamed)
+    assert ("it was built with WEIGHT_STREAMING" in dict(report.proofs)) == streamed

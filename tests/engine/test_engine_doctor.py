@@ -21,7 +21,7 @@ def test_engine_stage_lists_targets_by_precision(monkeypatch):
     monkeypatch.setattr(doctor, "package_version", lambda name: "1.0")
     monkeypatch.setattr(doctor, "standard_works", lambda: False)
     stage = {finding.component: finding for finding in doctor.diagnose()}["stage: engine"]
-    assert "fp8: sm89 sm120 sm121; mxfp4: sm120 sm121" in stage.does
+    assert "fp8 mxfp8 fp8-w8a8: sm89 sm120 sm121; mxfp4 nvfp4: sm120 sm121" in stage.does
 
 
 def test_a_bare_machine(monkeypatch):

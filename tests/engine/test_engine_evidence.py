@@ -15,6 +15,7 @@ from v4export.engine.evidence import (
     read_plan,
     read_weights,
 )
+from v4export.precision import PRECISIONS
 
 FP8, FP32 = 64 << 20, 2 << 20
 
@@ -24,7 +25,8 @@ def plan(constants, size=100, header=100, targets=("sm89",)):
 
 
 def outcome(path, facts, weights, targets=("sm89",), precision="fp8"):
-    return {proof.claim: proof.holds for proof in prove_plan(path, facts, precision, weights, targets, True)}
+    stored = PRECISIONS[precision].stored
+    return {proof.claim: proof.holds for proof in prove_plan(path, facts, stored, weights, targets, True)}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_both_formats_of_mxfp4_are_looked_for(tmp_path, constants, fp4, fp8):
 
 
 def test_bytes_of_packed_weights(tmp_path):
-    weights = read_weights(save(fp4_linear(), tmp_path, external=True), "mxfp4")
+    weights = read_weights(save(fp4_linear(), tmp_path, external=True), ["fp4", "fp8"])
     assert weights.sizes == {"fp4": 256 * 512 // 2, "bf16": 256 * 512 // 32 * 2}
     ((row,),) = weights.samples["fp4"].values()
     assert len(row) == 256
@@ -84,7 +86,7 @@ def test_targets_and_length(tmp_path):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_without_a_listing_the_bytes_decide(tmp_path, transposed):
-    weights = read_weights(save(fp8_linear(), tmp_path, external=True), "fp8")
+    weights = read_weights(save(fp8_linear(), tmp_path, external=True), ["fp8"])
     (row, column) = weights.samples["fp8"]["W"]
     path = tmp_path / "plan"
     path.write_bytes(b"something" * 100 + (column if transposed else row) + b"else")
@@ -94,7 +96,7 @@ def test_without_a_listing_the_bytes_decide(tmp_path, transposed):
 
 
 def test_weights_of_a_file(tmp_path):
-    facts = read_weights(save(linear("bf16"), tmp_path), "bf16")
+    facts = read_weights(save(linear("bf16"), tmp_path), ["bf16"])
     assert facts.sizes == {"bf16": 256 * 200 * 2} and len(facts.samples["bf16"]["W"][0]) == 256
 
 
@@ -103,6 +105,9 @@ def test_header(tmp_path):
     path.write_bytes(b"vtrt" + bytes(12) + struct.pack("<Q4BII", 64, 1, 7, 1, 116, 0, 8 | 16) + bytes(28))
     facts = read_plan(path)
     assert (facts.size, facts.header_size, facts.version, facts.targets) == (64, 64, "1.7.1.116", ("sm89", "sm120"))
+
+
+BOTH = WeightFacts({"fp4": FP4, "fp8": FP4, "bf16": FP4}, {})
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,13 @@ def test_header(tmp_path):
         ("fp8", NetworkFacts(dequantized=Counter(INT4=3)), False),
         ("mxfp4", NetworkFacts(matrix=Counter(BF16=3), dequantized=Counter(FP8=3, FP4=9)), True),
         ("mxfp4", NetworkFacts(matrix=Counter(BF16=3), dequantized=Counter(FP8=3)), False),
+        ("mxfp4", NetworkFacts(matrix=Counter(BF16=3), dequantized=Counter(FP4=3)), False),
+        ("int4", NetworkFacts(matrix=Counter(BF16=3), dequantized=Counter(FP4=3)), False),
+        ("fp8-w8a8", NetworkFacts(dequantized=Counter(FP8=3)), False),
+        ("fp8-w8a8", NetworkFacts(dequantized=Counter(FP8=3), layers=Counter(QUANTIZE=2)), True),
     ],
 )
 def test_network(precision, facts, holds):
-    assert prove_network(precision, facts).holds is holds
+    asked = PRECISIONS[precision]
+    proofs = prove_network(asked.stored, BOTH, facts, asked.inputs)
+    assert all(proof.holds for proof in proofs) is holds and proofs

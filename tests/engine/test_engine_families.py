@@ -14,7 +14,7 @@ from small_models import small
 from v4export import api, presets
 from v4export.checkpoint.synth import synth
 from v4export.config import Reasoning
-from v4export.engine.options import EngineOptions, engine_of
+from v4export.engine.options import EngineOptions
 from v4export.engine.preflight import preflight
 from v4export.engine.profiles import derive_profiles, input_dims
 from v4export.graphs.export import PORTABLE, REMEMBERING, THINKING, THINKING_MIX, THINKING_STEP
@@ -58,7 +58,8 @@ def test_engine(checkpoint, tmp_path, preset, precision, target):
     assert decode.shapes.keys() == prefill.shapes.keys() == inputs.keys()
 
     options = EngineOptions(targets=[target], backend="tensorrt_rtx", max_batch=2, max_chunk=CHUNK)
-    report = engine_of(out / PORTABLE, config, LENGTH, precision, options)
+    reports = api.engine(out, options)
+    report = reports[PORTABLE]
     assert report.targets == (target,) and (out / report.path).stat().st_size == report.bytes
     proofs = dict(report.proofs)
     assert {claim.rpartition(" ")[2] for claim in proofs if "stored as" in claim} == STORED[precision]
@@ -69,7 +70,7 @@ def test_engine(checkpoint, tmp_path, preset, precision, target):
         assert proofs["the network reads fp4 weights"].startswith(f"{experts} layers that widen")
     if may_skip_decoder(config):
         assert preflight(out / REMEMBERING) == []
-        smaller = engine_of(out / REMEMBERING, config, LENGTH, precision, options)
+        smaller = reports[REMEMBERING]
         assert (out / smaller.path).stat().st_size == smaller.bytes < report.bytes
 
 

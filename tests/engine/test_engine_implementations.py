@@ -16,10 +16,11 @@ from v4export.engine.implementations import (
     shared_budget,
     ways_rows,
 )
-from v4export.engine.targets import PACKAGES, resolve_targets
+from v4export.engine.targets import PACKAGES, find_target, resolve_targets
 from v4export.errors import BadInput, NotSupported
 from v4export.plugins import OPS
 from v4export.plugins.kernels.kernel import PLAIN_SHARED
+from v4export.precision import PRECISIONS
 
 
 @pytest.mark.parametrize("op", [op.op_type for op in OPS])
@@ -58,14 +59,14 @@ def test_an_unknown_way() -> None:
 
 
 def test_a_launch_has_what_all_targets_give() -> None:
-    both = resolve_targets(["sm80", "sm89"], "bf16", "tensorrt_rtx")
+    both = resolve_targets(["sm80", "sm89"], PRECISIONS["bf16"], "tensorrt_rtx")
     assert shared_budget("library", both) == 99 << 10
     assert shared_budget("library", both[:1]) == 163 << 10
     assert shared_budget("aot", both[:1]) == PLAIN_SHARED
 
 
 def test_kernels_need_ampere() -> None:
-    turing = resolve_targets(["t4"], "fp16", "tensorrt_rtx")
+    turing = [find_target("t4")]
     with pytest.raises(NotSupported, match="sm75"):
         shared_budget("library", turing)
     assert shared_budget("none", turing) == 0

@@ -13,6 +13,7 @@ from v4export.engine.options import EngineOptions, precision_for, prefill_chunk
 from v4export.engine.scratch import scratch
 from v4export.errors import NotSupported
 from v4export.plugins.limits import MAX_ELEMENTS
+from v4export.precision import PRECISIONS
 
 LENGTH = 4096
 
@@ -34,7 +35,7 @@ def test_gathered_experts_fit_a_gibibyte(name: str, batch: int, chunk: int) -> N
 
 
 def test_float32_takes_twice_as_much() -> None:
-    assert prefill_chunk(presets.load("deepseek-v2-lite"), EngineOptions(), LENGTH, precision="fp32") == 5
+    assert prefill_chunk(presets.load("deepseek-v2-lite"), EngineOptions(), LENGTH, precision=PRECISIONS["fp32"]) == 5
 
 
 def test_what_was_asked_for_wins() -> None:
@@ -95,9 +96,10 @@ def _machine(monkeypatch: pytest.MonkeyPatch, backend: str, *capabilities: str) 
         ("tensorrt_rtx", (), ["rtx5090"], "mxfp4"),
         ("tensorrt_rtx", (), ["rtx4090"], "fp8"),
         ("tensorrt_rtx", (), ["rtx4090", "rtx5090"], "fp8"),
-        ("tensorrt", ("sm90",), None, "fp8"),
+        ("tensorrt", ("sm90",), None, "mxfp4"),  # by kernels, which read experts' FP4 themselves
+        ("tensorrt", ("sm80",), None, "mxfp4"),  # which is refused: linear layers are FP8
         ("tensorrt", ("sm100",), None, "mxfp4"),
-        ("tensorrt", ("sm100",), ["h200"], "fp8"),
+        ("tensorrt", ("sm100",), ["h200"], "mxfp4"),
     ],
 )
 def test_fp4_only_for_targets_that_have_it(monkeypatch, backend, present, targets, expected) -> None:
@@ -105,6 +107,12 @@ def test_fp4_only_for_targets_that_have_it(monkeypatch, backend, present, target
     name, note = precision_for(EngineOptions(targets=targets), "mxfp4")
     assert name == expected and (note is None) == (expected == "mxfp4")
     assert note is None or note.endswith("no FP4: experts are FP8 E4M3 in blocks")
+
+
+def test_without_kernels_hopper_has_no_fp4(monkeypatch) -> None:
+    _machine(monkeypatch, "tensorrt", "sm90")
+    assert precision_for(EngineOptions(plugins="none"), "mxfp4")[0] == "fp8"
+    assert precision_for(EngineOptions(), "nvfp4")[0] == "fp8"  # which no kernel reads
 
 
 def test_other_precisions_stay(monkeypatch) -> None:
@@ -118,7 +126,7 @@ def test_kernels_gather_nothing(name):
     pytest.importorskip("tensorrt_rtx")
     config, library = presets.load(name), EngineOptions(backend="tensorrt_rtx", plugins="library")
     assert prefill_chunk(config, library, LENGTH) == 512
-    assert prefill_chunk(config, library, LENGTH, precision="fp32") == prefill_chunk(
-        config, EngineOptions(backend="tensorrt_rtx"), LENGTH, precision="fp32"
+    assert prefill_chunk(config, library, LENGTH, precision=PRECISIONS["fp32"]) == prefill_chunk(
+        config, EngineOptions(backend="tensorrt_rtx"), LENGTH, precision=PRECISIONS["fp32"]
     )
     assert prefill_chunk(config, EngineOptions(backend="tensorrt_rtx"), LENGTH) < 64

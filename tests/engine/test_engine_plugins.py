@@ -27,7 +27,7 @@ def test_every_launch_is_a_layer_and_the_engine_holds_its_code(
     checkpoint = synth(small(preset), tmp_path / "hub")
     built = api.build(checkpoint, tmp_path / "out", precision=precision, max_seq_len=64, verify=False, engine=options)
     for name, report in built.engines.items():
-        source = tmp_path / "out" / name.replace(".onnx", ".plugins.onnx")
+        source = tmp_path / "out" / name.replace(".onnx", ".tensorrt.onnx")
         nodes = kernel_nodes(source)
         assert report.layers.get("PLUGIN_V3", 0) == len(nodes)
         assert (

@@ -195,3 +195,19 @@ def test_external_data_is_not_opened(tmp_path: Path):
     (tmp_path / "weights.bin").unlink()
     assert preflight(path) == []
     assert np.prod(onnx.load(path, load_external_data=False).graph.initializer[0].dims) == 256 * 200
+
+
+@pytest.mark.parametrize(("name", "after", "found"), [("c", True, True), ("c", False, False), ("d", True, False)])
+def test_a_constant_behind_a_call_that_has_one_of_its_name(name, after, found):
+    """And what the parser makes of it, which is to read the function's."""
+    inner = [node("Constant", [], ["c"], value_ints=[0]), node("Unsqueeze", ["x", "c"], ["y"])]
+    function = helper.make_function("v4", "Widen", ["x"], ["y"], inner, OPSETS)
+    call = node("Widen", ["x"], ["h"], domain="v4")
+    own = node("Constant", [], [name], value_ints=[2])
+    nodes = [call, own] if after else [own, call]
+    proto = graph_of(*nodes, node("Unsqueeze", ["h", name], ["y"]), functions=[function])
+    assert rules(proto) == ({"constant-name"} if found else set())
+    trt = pytest.importorskip("tensorrt_rtx")
+    network = trt.Builder(logger := trt.Logger(trt.Logger.INTERNAL_ERROR)).create_network(0)
+    assert trt.OnnxParser(network, logger).parse(proto.SerializeToString())
+    assert network.get_output(0).shape[0] == 1 and network.get_output(0).shape[1 if found else 2] == 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from v4export import api
 from v4export.engine.backend import cuda_devices
+from v4export.engine.options import EngineOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda_devices(), reason="no CUDA device")]
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -51,3 +53,15 @@ def test_the_engine_loads_on_this_gpu(model: Path, tmp_path: Path) -> None:
     engine = tmp_path / "out" / "model.engine"
     done = subprocess.run([sys.executable, "-c", program, str(engine)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_engine_gets_the_weights_of_another_checkpoint(tmp_path: Path) -> None:
+    """Byte for byte the engine that a build makes of them, or one that is looked through as that is."""
+    first, second = (api.synth("tiny-v3", tmp_path / f"hub{seed}", seed=seed) for seed in (0, 1))
+    options = EngineOptions(refit=True)
+    built = api.build(first, tmp_path / "first", precision="bf16", engine=options)
+    api.export(second, tmp_path / "second", precision="bf16")
+    engines = api.engine(tmp_path / "second", replace(options, refit_from=tmp_path / "first"))
+    (report,) = engines.values()
+    assert report.bytes == next(iter(built.engines.values())).bytes
+    assert any(claim.startswith("weights are stored as") for claim, _ in report.proofs)

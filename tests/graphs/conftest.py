@@ -20,7 +20,7 @@ from v4export.graphs import export
 from v4export.graphs.export import STAMPS
 from v4export.graphs.stamp import stamp
 from v4export.graphs.trace import Part
-from v4export.graphs.weights import FP4, FP4_SCALE, Placed, numpy_dtype
+from v4export.graphs.weights import SCALE_2, Placed, numpy_dtype
 from v4export.precision import PRECISIONS, Precision
 
 Trace = Callable[..., tuple[ModelConfig, Precision, Mapping[str, Part]]]
@@ -35,7 +35,7 @@ def trace() -> Trace:
         key = (preset, precision, *sorted(changes.items()))
         if key not in made:
             config = replace(presets.load(preset), **changes)
-            made[key] = config, PRECISIONS[precision], export.trace_parts(config, PRECISIONS[precision])
+            made[key] = config, PRECISIONS[precision], export.traced(config, PRECISIONS[precision])
         return made[key]
 
     return make
@@ -45,16 +45,16 @@ def place_nowhere(config: ModelConfig, precision: Precision) -> dict[str, Placed
     """Every weight one behind the other in a file that is never read."""
     placed, at = {}, 0
     for one in names.expected(config).values():
-        dtype = precision.weight_dtype(one.role)
-        entries = [(one.name, dtype, one.shape)]
-        if dtype == "float8_e4m3fn":
-            block = (precision.fp8.rows, precision.fp8.columns)
-            entries.append((one.name + SCALE, "float32", grid(one.shape, block)))
-        if dtype == FP4:
-            entries.append((one.name + SCALE, FP4_SCALE, grid(one.shape, (1, 32))))
+        format = precision.format_of(one.name, one.role)
+        entries = [(one.name, format.dtype, one.shape)]
+        if format.block:
+            block = format.block[0], format.columns(one.shape[-1])
+            entries.append((one.name + SCALE, format.scale, grid(one.shape, block)))
+        if format.outer:
+            entries.append((one.name + SCALE_2, "float32", (1, 1)))
         for name, kind, shape in entries:
             count = math.prod(shape)
-            size = count // 2 if kind == FP4 else count * numpy_dtype(kind).itemsize
+            size = count // 2 if kind in ("float4_e2m1fn", "int4") else count * numpy_dtype(kind).itemsize
             placed[name] = Placed(name, "weights/model.safetensors", at, size, kind, shape)
             at += size
     return placed

@@ -14,7 +14,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from v4export.graphs.lower import lower_for_plugins
+from v4export.graphs.lower import lower_for_engine
 from v4export.plugins.kernels.call import Caller
 from v4export.plugins.kernels.kernel import Compilable
 from v4export.plugins.kernels.nodes import NAMESPACE, kernel_nodes
@@ -32,10 +32,10 @@ class EmulatedGraph:
     def __init__(self, path: Path, patch: pytest.MonkeyPatch, budget: int = 99 << 10) -> None:
         self.compiled: dict[str, Compilable] = {}
         patch.setattr("v4export.plugins.kernels.nodes.nvrtc.ptx", self._numbered)
-        model, self.kept = lower_for_plugins(path, lambda _: True, budget)
-        ir.save(model, path.with_suffix(".plugins.onnx"))
-        kinds = {node.op_type for node in kernel_nodes(path.with_suffix(".plugins.onnx"))}
-        proto = onnx.load(path.with_suffix(".plugins.onnx"))
+        model, self.kept = lower_for_engine(path, lambda _: True, budget, dict)
+        ir.save(model, path.with_suffix(".tensorrt.onnx"))
+        kinds = {node.op_type for node in kernel_nodes(path.with_suffix(".tensorrt.onnx"))}
+        proto = onnx.load(path.with_suffix(".tensorrt.onnx"))
         self.launches = sum(node.op_type in kinds for node in proto.graph.node)
         self._evaluator = ReferenceEvaluator(proto, new_ops=[self._operator(kind) for kind in kinds])
 

@@ -65,7 +65,7 @@ def test_weights_named_in_the_file_are_the_checkpoints(tiny_bundle, tiny_checkpo
     bundle = tiny_bundle(precision)
     places = external(load(bundle.folder))
     for name, weight in audit(Checkpoint.open(tiny_checkpoint), scan_values=False).weights.items():
-        dtype = bundle.precision.weight_dtype(weight.role)
+        dtype = bundle.precision.format_of(weight.name, weight.role).dtype
         if dtype == "float8_e4m3fn":
             wanted, scale = quantize_blocks(weight.decode())
             assert read(bundle.folder, places[name + "_scale_inv"]) == scale.tobytes(), name
@@ -195,7 +195,7 @@ def test_files_of_a_model_that_thinks(thinking):
     assert {*files, "weights/model.safetensors", "tokenizer.json"} <= manifest["files"].keys()
     assert {p.name for p in thinking.folder.glob("*.onnx")} == {*files}
     assert manifest["thinking"] == {"steps": 3, "confidence": "entropy", "threshold": 1.0}
-    assert manifest["chosen"] == {"layers": None, "engram_inside": False, "think_steps": None}
+    assert manifest["chosen"] == {"layers": None, "engram_inside": False, "think_steps": None, "state": None}
     for name in files:
         onnx.checker.check_model(thinking.folder / name)
 

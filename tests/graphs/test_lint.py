@@ -12,6 +12,7 @@ from v4export import presets
 from v4export.errors import NotSupported
 from v4export.graphs import lint as rules
 from v4export.graphs.lint import lint
+from v4export.precision import PRECISIONS
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +109,7 @@ def test_rule(stamped, damage):
     config, model, parts = stamped()
     damage(model)
     with pytest.raises(NotSupported, match=BROKEN[damage]):
-        lint(model, config, parts)
+        lint(model, config, PRECISIONS["fp32"], parts)
 
 
 def test_tensor_too_large(stamped, monkeypatch):
@@ -116,10 +117,10 @@ def test_tensor_too_large(stamped, monkeypatch):
     sizes = {name: v.const_value.size for name, v in model.graph.initializers.items()}
     largest = max(sizes, key=sizes.__getitem__)
     monkeypatch.setattr(rules, "MAX_ELEMENTS", sizes[largest])
-    lint(model, config, parts)
+    lint(model, config, PRECISIONS["fp32"], parts)
     monkeypatch.setattr(rules, "MAX_ELEMENTS", sizes[largest] - 1)
     with pytest.raises(NotSupported, match="elements, more than"):
-        lint(model, config, parts)
+        lint(model, config, PRECISIONS["fp32"], parts)
 
 
 def test_multipliers_out_of_order(stamped):
@@ -130,14 +131,14 @@ def test_multipliers_out_of_order(stamped):
     experts.replace_input_with(first, two)
     experts.replace_input_with(first + 1, one)
     with pytest.raises(NotSupported, match="layer 1: its expert matrices are not all there, in order"):
-        lint(model, config, parts)
+        lint(model, config, PRECISIONS["fp32"], parts)
 
 
 def test_selecting_more_than_topk_takes(stamped):
     config, model, parts = stamped()
     node(model, "MoeRoute").attributes["top_k"] = ir.AttrInt64("top_k", 3841)
     with pytest.raises(NotSupported, match=r"MoeRoute selects more.*\n.*k = 3841, at most 3840"):
-        lint(model, config, parts)
+        lint(model, config, PRECISIONS["fp32"], parts)
 
 
 def test_an_indexer_that_selects_too_many(stamped):
@@ -145,10 +146,10 @@ def test_an_indexer_that_selects_too_many(stamped):
     for top_k in (3840, 3841):
         config, model, parts = stamped("tiny-v3.2", indexer=replace(config.indexer, top_k=top_k))
         if top_k == 3840:
-            lint(model, config, parts)
+            lint(model, config, PRECISIONS["fp32"], parts)
             continue
         with pytest.raises(NotSupported, match=r"IndexSelect selects more.*\n.*k = 3841, at most 3840"):
-            lint(model, config, parts)
+            lint(model, config, PRECISIONS["fp32"], parts)
 
 
 @pytest.mark.parametrize("where", ["graph", "body"])
@@ -160,9 +161,9 @@ def test_scatter_with_a_sum(stamped, where):
         value = inside.outputs[0]
         inside.append(ir.Node("", "ScatterElements", [value] * 3, [attribute], name="head.scatter"))
         if reduction == "none":
-            lint(model, config, parts)
+            lint(model, config, PRECISIONS["fp32"], parts)
     with pytest.raises(NotSupported, match=r"head\.scatter: ScatterElements with reduction add"):
-        lint(model, config, parts)
+        lint(model, config, PRECISIONS["fp32"], parts)
 
 
 MOE = {"v4::MoeRoute", "v4::MoeExperts"}
@@ -178,7 +179,7 @@ OPS = {
 @pytest.mark.parametrize("preset", OPS)
 def test_what_was_proved(stamped, preset, precision):
     config, model, parts = stamped(preset, precision)
-    found = lint(model, config, parts)
+    found = lint(model, config, PRECISIONS[precision], parts)
     assert found.experts_referenced == 3 * config.num_experts * len(config.moe_layers)
     assert found.nodes_per_layer.keys() == config.kinds.keys() and min(found.nodes_per_layer.values()) > 5
     assert set(found.bodies) == OPS[preset] | ({"trt::TRT_BlockDequantize"} if precision == "fp8" else set())

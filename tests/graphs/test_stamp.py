@@ -12,6 +12,7 @@ from v4export.config import Reasoning
 from v4export.graphs.export import PORTABLE, THINKING, THINKING_MIX, THINKING_STEP
 from v4export.graphs.lint import lint, lint_nodes
 from v4export.graphs.stamp import experts_name, hidden_name, new_state_name, selected_name, state_name
+from v4export.precision import PRECISIONS
 from v4export.state_contract import state_tensors
 
 pytestmark = pytest.mark.slow
@@ -28,7 +29,7 @@ def test_a_layer_of_256_experts_has_the_nodes_of_one_of_8(stamped):
     for layer in range(eight.num_layers):
         assert layer_nodes(few, layer) == layer_nodes(many, layer)
     assert sum(layer_nodes(many, 1).values()) < 120
-    assert lint(many, wide, parts).experts_referenced == 3 * 256 * len(wide.moe_layers)
+    assert lint(many, wide, PRECISIONS["fp32"], parts).experts_referenced == 3 * 256 * len(wide.moe_layers)
     one, two = (Counter(n.op_type for n in m.functions["v4", "MoeExperts", ""].all_nodes()) for m in (few, many))
     assert one == two
     for node in (n for n in many.graph if n.op_type == "MoeExperts"):
@@ -38,7 +39,7 @@ def test_a_layer_of_256_experts_has_the_nodes_of_one_of_8(stamped):
 def test_layers_are_stamped_from_one_trace(stamped):
     """Sixty layers from the trace of three."""
     config, model, parts = stamped(wider={"num_layers": 60, "moe_layers": tuple(range(3, 60))})
-    found = lint(model, config, parts)
+    found = lint(model, config, PRECISIONS["fp32"], parts)
     assert found.nodes_per_layer.keys() == {"dense", "routed"}
     assert len(model.graph) == 3 * found.nodes_per_layer["dense"] + 57 * found.nodes_per_layer["routed"] + sum(
         1 for n in model.graph if not n.name.startswith("layers.")
@@ -75,7 +76,7 @@ def test_state_is_that_of_the_contract(stamped, preset):
             held, new = values[state_name(layer, tensor.name)], values[new_state_name(layer, tensor.name)]
             assert [str(d) for d in held.shape] == ["B", str(tensor.held_dim), str(tensor.width)]
             assert [str(d) for d in new.shape] == ["B", tensor.returned_dim, str(tensor.width)]
-            assert held.dtype == new.dtype == (ir.DataType.FLOAT if tensor.float32 else ir.DataType.BFLOAT16)
+            assert held.dtype == new.dtype == (ir.DataType.FLOAT if tensor.dtype else ir.DataType.BFLOAT16)
             count += 2
     assert len(values) == count
     produced = {v.name for n in model.graph for v in n.outputs}
@@ -84,7 +85,7 @@ def test_state_is_that_of_the_contract(stamped, preset):
 
 def test_every_kind_of_layer_is_stamped_from_its_own_trace(stamped):
     config, model, parts = stamped("tiny-v4")
-    found = lint(model, config, parts)
+    found = lint(model, config, PRECISIONS["fp32"], parts)
     assert found.nodes_per_layer.keys() == {"window hash", "csa hash", "hca", "csa"}
     for layer in range(config.num_layers):
         assert sum(layer_nodes(model, layer).values()) == len(parts[config.kind(layer)].graph)
@@ -179,7 +180,7 @@ def test_graphs_of_thoughts(thinking):
 
 def test_graphs_of_thoughts_keep_the_rules(thinking):
     config, graphs, parts = thinking
-    assert lint(graphs[PORTABLE], config, parts).nodes_per_layer.keys() == {"dense"}
+    assert lint(graphs[PORTABLE], config, PRECISIONS["bf16"], parts).nodes_per_layer.keys() == {"dense"}
     for graph in graphs.values():
         lint_nodes(graph)
         node_names = [n.name for n in graph.graph]

@@ -115,7 +115,7 @@ def test_a_model_of_671_billion_parameters_takes_no_memory(trace):
     routed = dict(zip(parts["routed"].weights, parts["routed"].graph.inputs[5:], strict=True))
     gate = routed["mlp.experts.0.gate_proj.weight"]
     assert tuple(gate.shape) == (config.moe_intermediate_size, config.hidden_size) == (2048, 7168)
-    assert gate.dtype.name == "FLOAT8E4M3FN" and precision.fp8
+    assert gate.dtype.name == "FLOAT8E4M3FN" and precision.linear.scaled
     for part in parts.values():
         assert sum(v.const_value.nbytes for v in part.graph.initializers.values()) < 1 << 16
 
@@ -134,7 +134,7 @@ def test_fp8_matrices_enter_with_their_multipliers(trace):
     assert {n.removesuffix("_scale_inv") for n in scales} == {n for n in weights if n.endswith("_proj.weight")} | {
         "self_attn.kv_a_proj_with_mqa.weight"
     }
-    assert precision.weight_dtype("router") == "bfloat16"
+    assert precision.format_of("gate", "router").dtype == "bfloat16"
     assert operators(parts["routed"])["TRT_BlockDequantize"] > 0
 
 

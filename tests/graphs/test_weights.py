@@ -132,7 +132,7 @@ def test_fp8_is_dequantised(fp8_checkpoint, tmp_path, precision):
     account = audited(fp8_checkpoint)
     placement = place(account.weights.values(), PRECISIONS[precision], tmp_path)
     for name, weight in account.weights.items():
-        dtype = PRECISIONS[precision].weight_dtype(weight.role)
+        dtype = PRECISIONS[precision].format_of(name, weight.role).dtype
         found = placement.tensors[name]
         assert found.dtype == dtype
         np.testing.assert_array_equal(placed_values(tmp_path, found), weight.decode().astype(numpy_dtype(dtype)), name)
@@ -265,7 +265,9 @@ def fp4(tmp_path) -> Weight:
 
 def held(out: Path, placement: Placement) -> np.ndarray:
     """What a graph computes from placed FP4 numbers and their multipliers."""
-    scale = placed_values(out, placement.tensors["w_scale_inv"]).astype(np.float32)
+    scale = placed_values(out, placement.tensors["w_scale_inv"])
+    scale = scale.view(ml_dtypes.float8_e8m0fnu) if scale.dtype == np.uint8 else scale
+    scale = scale.astype(np.float32)
     return placed_values(out, placement.tensors["w"]) * np.repeat(scale, 32, axis=1)
 
 
@@ -278,11 +280,8 @@ def test_packed_fp4_is_pointed_at(fp4, tmp_path, dtype):
     assert (placed.dtype, placed.shape) == ("float4_e2m1fn", (weight.shape[0], 96))
     assert placed.nbytes == weight.shape[0] * 96 // 2
     assert placed_bytes(tmp_path / "out", placed) == weight.data.read().tobytes()
-    assert (scale.dtype, scale.shape) == ("bfloat16", (weight.shape[0], 3))
-    assert placement.written_bytes == 2 * weight.shape[0] * 3
-    # bfloat16 has them all, the subnormal 2**-127 too.
-    found = placed_values(tmp_path / "out", scale).astype(np.float64)
-    np.testing.assert_array_equal(found, 2.0 ** (weight.scale.read().view(np.uint8).astype(np.float64) - 127))
+    assert (scale.dtype, scale.shape, scale.offset) == ("uint8", (weight.shape[0], 3), weight.scale.offset)
+    assert placement.written_bytes == 0
     np.testing.assert_array_equal(held(tmp_path / "out", placement), weight.decode())
     assert not is_converted(weight, PRECISIONS["mxfp4"])
     np.testing.assert_array_equal(as_the_graph_holds(weight, PRECISIONS["mxfp4"]), weight.decode())
@@ -308,7 +307,7 @@ def test_converted_to_fp4(tmp_path, stored):
 
 
 def test_fp4_needs_whole_blocks(tmp_path):
-    with pytest.raises(NotSupported, match=r"w cannot be stored as FP4\n.*40 columns"):
+    with pytest.raises(NotSupported, match=r"w cannot be stored as mxfp4\n.*40 columns"):
         place([one_weight(tmp_path, np.ones((4, 40), np.float32), "expert")], PRECISIONS["mxfp4"], tmp_path / "out")
 
 
@@ -337,7 +336,7 @@ def test_fp4_keeps_other_roles_as_fp8_does(tmp_path):
     assert placement.tensors["w"].offset == weight.data.offset
     assert placement.tensors["w_scale_inv"].dtype == "float32"
     for role, dtype in [("linear", "float8_e4m3fn"), ("projection", "bfloat16"), ("head", "bfloat16")]:
-        assert PRECISIONS["mxfp4"].weight_dtype(role) == dtype
+        assert PRECISIONS["mxfp4"].format_of("w", role).dtype == dtype
 
 
 @pytest.mark.parametrize("role", ["hyper", "sink", "position_bias"])
@@ -371,6 +370,6 @@ def test_v4_checkpoint_is_pointed_at(tmp_path, fused):
         placed = placement.tensors[name]
         assert placed_bytes(tmp_path / "out", placed) == weight.data.read().tobytes(), name
         assert (placed.offset, placed.shape) == (weight.data.offset, weight.shape)
-    # Multipliers alone are written: in bfloat16 for experts, in float32 for the other matrices.
+    # Multipliers alone are written, in float32, and only of matrices other than experts'.
     scales = [(w.scale.nbytes, w.packed) for w in account.weights.values() if w.scale]
-    assert placement.written_bytes == sum(size * (2 if packed else 4) for size, packed in scales)
+    assert placement.written_bytes == sum(4 * size for size, packed in scales if not packed)

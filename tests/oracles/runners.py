@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch_state
 
 from v4export.engram.hashing import Hasher
 from v4export.model import Transformer
@@ -60,7 +61,7 @@ class TorchRunner:
         """Tokens, positions, rows held, and what was looked up."""
         self.state.reserve(tokens_BS.shape[1], lengths_B)
         held = [
-            {name: torch.from_numpy(self.state.held(i, name)) for name in buffers}
+            {name: torch_state.held(self.state.held(i, name)) for name in buffers}
             for i, buffers in enumerate(self.state.layers)
         ]
         found = None
@@ -73,7 +74,7 @@ class TorchRunner:
     def _put(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> None:
         for i, layer in enumerate(rows):
             for name, new in layer.items():
-                self.state.room(i, name)[:] = new.numpy()
+                torch_state.put(self.state.room(i, name), new)
 
 
 class OnnxRunner:

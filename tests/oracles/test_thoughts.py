@@ -16,6 +16,7 @@ import literal_v41
 import numpy as np
 import pytest
 import torch
+import torch_state
 from checks import LIMIT, check, random_ids
 from hub_models import canonical_weights, hub_config, hub_logits, hub_model, yarn
 from literal_thoughts import Numbers, Thoughts, numbers_of, think
@@ -126,7 +127,7 @@ class ThinkingRunner(TorchRunner):
 
     def _held(self) -> list[dict[str, torch.Tensor]]:
         return [
-            {name: torch.from_numpy(self.state.held(i, name)) for name in buffers}
+            {name: torch_state.held(self.state.held(i, name)) for name in buffers}
             for i, buffers in enumerate(self.state.layers)
         ]
 

@@ -46,6 +46,7 @@ def builds(
         "engine": str(folder / "model.engine"),
         "workspace_bytes": 0,
         "precision": "fp32",
+        "flags": [],
         "names_capabilities": True,
         "targets": [target],
         "inspect": False,

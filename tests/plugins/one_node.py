@@ -67,7 +67,7 @@ def one_node(
     for i, (value, dtype_of) in enumerate(zip(node.outputs, BY_NODE[domain, op_type].outputs, strict=True)):
         dtype = dtype_of(node)
         value.name, value.dtype = f"raw{i}", dtype
-        value.shape = ir.Shape([f"r{i}_{axis}" for axis in range(inputs[0].ndim - 1)] + [width or f"r{i}"])
+        value.shape = ir.Shape([f"r{i}_{axis}" for axis in range((inputs or weights)[0].ndim - 1)] + [width or f"r{i}"])
         result = tail.cast(value, ir.DataType.FLOAT) if dtype in NARROW else value
         result.name, result.dtype = f"out{i}", ir.DataType.FLOAT if dtype in NARROW else dtype
         result.shape = value.shape

@@ -15,9 +15,10 @@ from onnx_ir.passes import common
 from v4export.graphs.passes.group_experts import group_experts
 from v4export.graphs.passes.unpack_fp4 import unpack_fp4
 from v4export.graphs.passes.widen import widen
-from v4export.plugins.moe_experts.op import FP4_BLOCK, moe_experts
+from v4export.plugins.moe_experts.op import moe_experts
 
 FP8, FP4 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
+FP4_BLOCK = 32
 E2M1 = (1, FP4_BLOCK)
 
 
@@ -33,7 +34,7 @@ class Operands:
 
     @property
     def format(self) -> str:
-        return {FP8: "fp8", FP4: "fp4"}.get(self.parts[0][0].dtype.type, "")
+        return {FP8: "fp8", FP4: "mxfp4"}.get(self.parts[0][0].dtype.type, "")
 
     @property
     def flat(self) -> list[np.ndarray]:
@@ -96,7 +97,7 @@ def stored(w: np.ndarray) -> torch.Tensor:
 
 def arguments(o: Operands) -> list:
     parts = [[stored(w) for w in part] for part in (*o.parts, *(o.scales or [[], [], []]))]
-    return [*map(to_torch, (o.x, o.weights, o.indices)), *parts, *o.block, o.limit]
+    return [*map(to_torch, (o.x, o.weights, o.indices)), *parts, [], [], [], o.format, *o.block, o.limit]
 
 
 def eager(o: Operands) -> np.ndarray:

@@ -15,7 +15,8 @@ from v4export.plugins.moe_experts.kernel import SORT, kernels
 from v4export.plugins.moe_experts.op import moe_experts
 
 pytestmark = emulated
-FORMS = ("plain", "fp8", "fp4")
+#: What tests call a form of matrices, and its name as a format.
+FORMS = {"plain": "", "fp8": "fp8", "fp4": "mxfp4"}
 # M tokens, E experts, K, D, F: one token, tiles of several, odd widths, more tokens than a tile, nothing at all
 SIZES = [(3, 8, 2, 64, 32), (1, 4, 4, 160, 96), (70, 4, 2, 128, 64), (0, 4, 2, 64, 32)]
 
@@ -45,7 +46,8 @@ def arguments(
     indices = torch.stack([torch.randperm(E)[:K] for _ in range(M)]) if M else torch.zeros(0, K, dtype=torch.int64)
     parts = [matrices(form, E, *shape, dtype) for shape in ((F, D), (F, D), (D, F))]
     block = block or ((1, 32) if form == "fp4" else (128, 128))
-    return [x, weights, indices, *(m for m, _ in parts), *(s for _, s in parts), *block, limit]
+    matrices_and_scales = [*(m for m, _ in parts), *(s for _, s in parts)]
+    return [x, weights, indices, *matrices_and_scales, [], [], [], FORMS[form], *block, limit]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

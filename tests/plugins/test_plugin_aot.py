@@ -16,7 +16,7 @@ from small_models import small
 
 from v4export import api
 from v4export.checkpoint.synth import synth
-from v4export.graphs.lower import lower_for_plugins
+from v4export.graphs.lower import lower_for_engine
 from v4export.plugins.kernels.emulate import compiler
 from v4export.plugins.kernels.kernel import PLAIN_SHARED, Launch
 
@@ -67,10 +67,10 @@ def driven(preset: str, precision: str, stubs: Path, folder: Path) -> Iterator[d
         api.export(synth(small(preset), folder / "hub"), folder / "out", precision=precision).bundle.folder
         / "model.onnx"
     )
-    model, kept = lower_for_plugins(graph, lambda _: True, PLAIN_SHARED)
+    model, kept = lower_for_engine(graph, lambda _: True, PLAIN_SHARED, dict)
     assert kept == {}
-    ir.save(model, graph.with_suffix(".plugins.onnx"))
-    command = [sys.executable, str(DRIVER), str(graph.with_suffix(".plugins.onnx")), str(stubs)]
+    ir.save(model, graph.with_suffix(".tensorrt.onnx"))
+    command = [sys.executable, str(DRIVER), str(graph.with_suffix(".tensorrt.onnx")), str(stubs)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     yield from (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))

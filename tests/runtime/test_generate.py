@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hashed_model import VOCAB, expected_greedy, hashed_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,16 +16,6 @@ from v4export.runtime.generate import Coming, Event, Generation, StopStrings, ge
 from v4export.runtime.pausing import Pause, Pausing, Thought
 from v4export.runtime.sampling import Sampler, Sampling
 from v4export.runtime.tokenizer import Tokenizer
-
-VOCAB = 97
-
-
-def hashed_logits(history: Sequence[int]) -> np.ndarray:
-    """[V], a function of every token so far and of their order."""
-    value = 1
-    for token in history:
-        value = (value * 1_000_003 + token + 7) % (2**61 - 1)
-    return np.random.default_rng(value).normal(size=VOCAB).astype(np.float32)
 
 
 @dataclass
@@ -79,13 +70,6 @@ def rows_of(events: Iterable[Event]) -> tuple[list[list[int]], list[str | None]]
 def run(prompts: Sequence[Sequence[int]], *, chunk: int = 512, **options: Any) -> tuple[list[list[int]], list[Any]]:
     arguments: dict[str, Any] = {"max_new_tokens": 12, "sampler": Sampler(Sampling()), **options}
     return rows_of(generate(FakeExecutor(), prompts, chunk=chunk, **arguments))
-
-
-def expected_greedy(prompt: Sequence[int], count: int) -> list[int]:
-    history = list(prompt)
-    for _ in range(count):
-        history.append(int(hashed_logits(history).argmax()))
-    return history[len(prompt) :]
 
 
 PROMPTS = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), min_size=1, max_size=4)
@@ -269,12 +253,18 @@ def test_run_text_as_json() -> None:
     result, _ = told("abc")
     value = result.as_json()
     assert json.loads(json.dumps(value)) == value
-    assert list(value) == ["text", "tokens", "prompt_tokens", "finish_reason", "timings", "pauses"]
+    assert list(value) == ["text", "tokens", "prompt_tokens", "finish_reason", "timings", "pauses", "answer"]
     assert set(value["timings"]) == {
         *("prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s", "first_token_s")
     }
     assert all(0 <= seconds < float("inf") for seconds in value["timings"].values())
     assert value["timings"]["first_token_s"] >= value["timings"]["prefill_s"]
+
+
+def test_run_text_of_a_prompt_that_has_its_special_tokens() -> None:
+    for framed in (False, True):
+        result = run_text(FakeExecutor(), ByteTokenizer(), "hello", max_new_tokens=1, framed=framed)
+        assert result.prompt_tokens == (5 if framed else 6)
 
 
 def test_run_text_bad_prompts() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,15 @@ from v4export import presets
 from v4export.config import Reasoning
 from v4export.errors import BadInput
 from v4export.runtime.state import State
-from v4export.state_contract import StateTensor, bytes_per_token, fixed_bytes, may_skip_decoder, state_tensors
+from v4export.state_contract import (
+    E4M3,
+    SCALE,
+    StateTensor,
+    bytes_per_token,
+    fixed_bytes,
+    may_skip_decoder,
+    state_tensors,
+)
 
 #: Has a row per token, rows per 4 and per 128 tokens, and rings of 8, 16 and 128 rows.
 V4 = replace(presets.load("tiny-v4"), num_layers=3)
@@ -178,6 +187,46 @@ def test_bytes_per_token(preset, growing):
     assert bytes_per_token(presets.load(preset)) == growing
 
 
+@pytest.mark.parametrize(("preset", "growing"), [("deepseek-v3", 61 * 672), ("deepseek-v3.2", 61 * 808)])
+def test_bytes_per_token_in_fp8(preset, growing):
+    """A byte a number and four for every 64; two for each of 64 rotated ones."""
+    narrow = replace(presets.load(preset), state_fp8=True)
+    assert bytes_per_token(narrow) == growing and bytes_per_token(narrow, 4) == growing + 61 * 64 * 2
+
+
+def test_fixed_bytes_in_fp8():
+    """Windows shrink; what entries are made of stays float32."""
+    flash = replace(presets.load("deepseek-v4-flash"), state_fp8=True)
+    assert fixed_bytes(flash) == 43 * 128 * (448 + 4 * 7 + 2 * 64) + 21 * 80 * 1024 + 20 * 512 * 1024
+
+
+@pytest.mark.parametrize("preset", ["tiny-v3.2", "tiny-v4", "tiny-v4.1"])
+def test_rows_of_e4m3_are_put_in_their_places(preset):
+    """The smallest numbers of the type stand for rows, which its few numbers cannot count."""
+    config = replace(presets.load(preset), state_fp8=True)
+    state = empty(3, config=config)
+    narrow = [b for b in state.buffers if b.tensor.dtype == E4M3]
+    assert {b.tensor.rows for b in narrow} == {b.tensor.rows for b in state.buffers if b.tensor.name.endswith(SCALE)}
+    assert all(b.array.dtype == ml_dtypes.float8_e4m3fn for b in narrow)
+    for S, lengths in ((21, [21, 4, 9]), (1, [1, 1, 1]), (3, [0, 3, 1])):
+        state.reserve(S, np.array(lengths))
+        for layer, buffers in enumerate(state.layers):
+            for name, buffer in buffers.items():
+                first = [buffer.tensor.complete(n) for n in state.lengths_B.tolist()]
+                room = state.room(layer, name)
+                for b, number in enumerate(first):
+                    codes = (number + np.arange(room.shape[1])).astype(np.uint8) % 127
+                    room[b] = codes.view(ml_dtypes.float8_e4m3fn)[:, None]
+        state.commit(np.array(lengths))
+    for layer, buffers in enumerate(state.layers):
+        for name, buffer in buffers.items():
+            for b, length in enumerate(state.lengths_B.tolist()):
+                count = buffer.tensor.complete(length)
+                numbers = np.arange(max(0, count - (buffer.tensor.ring or count)), count)
+                wanted = numbers.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+                np.testing.assert_array_equal(state.rows(layer, name, b).astype(np.float32)[:, 0], wanted)
+
+
 def test_fixed_bytes():
     """Windows of 131,072 bytes a layer; projections of open entries: 80 KiB in a CSA layer, 512 KiB in an HCA layer."""
     flash, pro = presets.load("deepseek-v4-flash"), presets.load("deepseek-v4-pro")
@@ -210,3 +259,76 @@ def test_who_thinks_passes_the_decoder():
     """Reasoning layers have a row for every token, which is made of what the last layer returns."""
     assert may_skip_decoder(presets.load("tiny-v4.1")) and may_skip_decoder(thinking("tiny-v4.1", steps=0))
     assert not may_skip_decoder(thinking("tiny-v4.1"))
+
+
+def numbered(rows: np.ndarray, sequence: int) -> np.ndarray:
+    """Rows of sequence 0, as if they were of another (see ``rows`` above)."""
+    return rows + np.float32(sequence * 1e5)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 7, 150, 700])
+@pytest.mark.parametrize("name", ["tiny-v3", "tiny-v3.2", "tiny-v4", "tiny-v4.1"])
+def test_a_sequence_is_put_beside_others(name, tokens):
+    """Growing rows, rings and rows of several tokens are what the sequence would have had there from the start."""
+    config = thinking(name)
+    batch, alone = empty(3, config=config), empty(config=config)
+    step(batch, 200, [5, 200, 17])
+    for n in [tokens // 2, 1, tokens - tokens // 2 - 1] if tokens else []:
+        if n > 0:
+            step(alone, n, [n])
+    for buffer in alone.buffers:
+        buffer.array[...] = numbered(buffer.array, 1)
+    batch.put(1, alone)
+    assert batch.lengths_B.tolist() == [5, tokens, 17]
+    check(batch)
+    step(batch, 9, [9, 9, 0])
+    step(batch, 1, [1, 1, 1])
+    check(batch)
+    assert batch.lengths_B.tolist() == [15, tokens + 10, 18]
+    alone.layers[0]["window" if "window" in alone.layers[0] else "latent"].array[...] = np.nan
+    check(batch)  # it shares nothing
+
+
+def test_a_sequence_that_is_put_brings_its_decoder_start_and_its_history():
+    batch, alone = empty(3, config=V3), empty(config=V3)
+    batch.history_BN, alone.history_BN = np.zeros((3, 2), np.int64), np.array([[7, 8]])
+    alone.decoder_start_B = np.array([4])
+    position, history = batch.lengths_B, batch.history_BN
+    step(alone, 6, [6])
+    batch.put(2, alone)
+    assert batch.decoder_start_B.tolist() == [0, 0, 4] and batch.history_BN.tolist() == [[0, 0], [0, 0], [7, 8]]
+    assert batch.lengths_B.tolist() == [0, 0, 6]
+    assert position.tolist() == [0, 0, 0] and not history.any()  # what a step was given stays as it is
+
+
+def test_putting_a_sequence_that_is_too_long_for_its_place_grows_the_batch():
+    batch, alone = empty(2, limit=600, config=V3), empty(limit=600, config=V3)
+    step(alone, 590, [590])
+    for buffer in alone.buffers:
+        buffer.array[...] = numbered(buffer.array, 1)
+    batch.put(1, alone)
+    assert {b.array.shape[1] for b in batch.buffers} == {590}
+    check(batch)
+    batch.put(1, empty(limit=600, config=V3))
+    assert batch.lengths_B.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["tiny-v3", "tiny-v4", "tiny-v4.1"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_step_of_the_first_sequences_alone(name, count):
+    """Rows, lengths and room are the whole state's, of which the others stay as they are."""
+    state = empty(3, config=thinking(name))
+    state.history_BN = np.zeros((3, 2), np.int64)
+    step(state, 254, [254, 90, 17])
+    for n in range(1, 5):
+        first = state.first(count)
+        assert all(np.shares_memory(a.array, b.array) for a, b in zip(first.buffers, state.buffers, strict=True))
+        step(first, 1, [1, 0, 1][:count])
+        first.history_BN = np.full((count, 2), n)
+        first.decoder_start_B = np.full(count, n)
+        state.adopt(first)
+        assert state.lengths_B.tolist() == [254 + n, 90, 17 + n * (count == 3)]
+        assert state.history_BN[:, 0].tolist() == state.decoder_start_B.tolist() == [n] * count + [0] * (3 - count)
+        check(state)
+    step(state, 2, [2, 2, 2])
+    check(state)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch_state
 
 from v4export.checkpoint.audit import Weight
 from v4export.config import ModelConfig
@@ -14,14 +15,22 @@ from v4export.engram.feed import EngramFeed
 from v4export.engram.hashing import Hasher
 from v4export.engram.table import Table
 from v4export.graphs.export import engram_tables
-from v4export.graphs.stamp import candidates_name, engram_name, experts_name, hidden_name, selected_name, shares_name
+from v4export.graphs.stamp import (
+    candidates_name,
+    engram_name,
+    experts_name,
+    hidden_name,
+    new_state_name,
+    selected_name,
+    shares_name,
+)
 from v4export.model.block import STATE, block_shares, head_reads
-from v4export.model.linear import Storage
 from v4export.model.load import load_transformer
 from v4export.precision import Precision
 from v4export.runtime.pausing import Thought
 from v4export.runtime.state import State
 from v4export.state_contract import may_skip_decoder
+from v4export.verify.recording import recorded_rows
 from v4export.verify.rounded import as_the_graph_holds
 
 
@@ -46,7 +55,7 @@ class EagerExecutor:
         def lookup(name: str) -> torch.Tensor:
             return torch.from_numpy(as_the_graph_holds(weights[name], precision))
 
-        self.model = load_transformer(config, lookup, storage=Storage(self.dtype))
+        self.model = load_transformer(config, lookup, dtype=self.dtype)
         self.feed = None
         if config.engram and token_map is not None:
             tables = {layer: Table(*stored) for layer, stored in engram_tables(weights).items()}
@@ -83,14 +92,15 @@ class EagerExecutor:
             if self.config.thinks:
                 (self.trunk,) = (value.float().numpy() for value in trunk)
                 for j, rows in enumerate(self.model.head.rows(shared["hidden"], position, shared.get("pre"))):
-                    self._put(state, self.config.num_layers + j, {"latent": rows})
+                    self._put(state, self.config.num_layers + j, rows)
         state.commit(np.full(B, S) if lengths_B is None else lengths_B)
         return logits.numpy()
 
     def think(self, trunk_BQD, state, *, at_BQ=None, steps=None, looped=False):
         at = torch.from_numpy(state.lengths_B[:, None] - 1 if at_BQ is None else at_BQ)
         trunk = torch.from_numpy(np.array(trunk_BQD)).to(self.dtype)
-        latents = [self._read(state, i, "latent") for i in range(self.config.num_layers, self.config.state_layers)]
+        layers = range(self.config.num_layers, self.config.state_layers)
+        latents = [self._read(state, i, name) for i in layers for name in state.layers[i]]
         with torch.inference_mode():
             if looped:
                 return self._loop(trunk, at, latents, steps or self.model.head.steps)
@@ -101,7 +111,7 @@ class EagerExecutor:
         """A step of the thought at a time, as a caller of a graph of one step does it."""
         head, start = self.model.head, self.config.vocab_size
         thought, entering, tokens, hidden = trunk, torch.full_like(at, start), [], []
-        own = [torch.zeros(0, *at.shape, self.config.thinker.latent_dim, dtype=self.dtype)] * len(latents)
+        own = [torch.zeros(0, *at.shape, self.config.thinker.latent_dim, dtype=self.dtype)] * len(head.reasoning.layers)
         for k in range(1, steps + 1):
             if k > 1:
                 entering = torch.full_like(at, start + 1) if k == steps else entering
@@ -130,12 +140,14 @@ class EagerExecutor:
         return ids, position, held, found
 
     def _read(self, state: State, layer: int, name: str) -> torch.Tensor:
-        array = torch.from_numpy(state.held(layer, name).copy())
-        return array if state.layers[layer][name].tensor.float32 else array.to(self.dtype)
+        rows = torch_state.held(state.held(layer, name).copy())
+        return rows if state.layers[layer][name].tensor.dtype else rows.to(self.dtype)
 
     def _put(self, state: State, layer: int, rows: dict[str, torch.Tensor]) -> None:
         for name, new in rows.items():
-            state.room(layer, name)[:] = new.float().numpy()
+            torch_state.put(state.room(layer, name), new)
+            if (layer, name) in recorded_rows(self.config):
+                self._tap(new_state_name(layer, name), new.flatten(0, 1))
 
     def _tap_all(self, layer: int, named: dict[str, torch.Tensor]) -> None:
         for name, called in _TAPPED.items():

@@ -37,7 +37,9 @@ def bundle(exported: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def found(model: Path, bundle: Path) -> References:
-    return check_references(bundle, GRAPHS, audit(Checkpoint.open(model)).weights, Bundle.open(bundle).precision)
+    weights = audit(Checkpoint.open(model)).weights
+    graphs = {name: list(weights.values()) for name in GRAPHS}
+    return check_references(bundle, graphs, weights, Bundle.open(bundle).precision)
 
 
 def edit(graph: Path, change: Callable[[dict[str, onnx.TensorProto]], None]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from v4export import presets
 from v4export.engine.build import EngineReport
 from v4export.plain import to_json
+from v4export.plan.foreseen import Cost
 from v4export.verify.boundary import Boundary
 from v4export.verify.report import line, write_report
 from v4export.verify.verification import Verification
@@ -28,6 +29,7 @@ TIED = Boundary(
     "layer 2 csa", True, 1e-3, 4e-4, 1e-2, 0.99998, "d", 0.6, 1.2, ties=2, selective=(7, 9),
     evidence=(f"sequence 0, token 5: selected {HOSTILE}",),
 )  # fmt: skip
+COST = Cost(f"trace {HOSTILE}", 2.5, 1.0, 12.0, 10.0, None, None)
 ENGINE = EngineReport(
     path=Path("model.engine"), bytes=3 << 20, sha256="ab", backend="tensorrt_rtx", backend_version="1.2.3",
     targets=("sm89", "sm120"), precision="bf16", layers={"MATRIX_MULTIPLY": 7}, dtypes={"BF16": 9},
@@ -64,7 +66,8 @@ def facts():
 
 def written(folder, boundaries=(GOOD,), engine=None):
     verification = Verification("cpu", (1, 7), 8, tuple(boundaries)) if boundaries is not None else None
-    write_report(folder, facts(), presets.load("tiny-v3"), verification, {"model.onnx": engine} if engine else {})
+    engines = {"model.onnx": engine} if engine else {}
+    write_report(folder, facts(), presets.load("tiny-v3"), verification, engines, [COST])
 
     def refuse(token):
         raise AssertionError(f"{token} is not JSON")
@@ -84,6 +87,13 @@ def test_json(tmp_path):
         "constants in the plan: bf16 12 MiB",
     ]
     assert report["engines"]["model.onnx"]["path"] == "model.engine" and report["facts"]["precision"] == "bf16"
+
+
+def test_what_was_foreseen_stands_beside_what_was_measured(tmp_path):
+    report, source = written(tmp_path)
+    assert report["costs"][0]["foreseen_seconds"] == 2.5 and report["costs"][0]["seconds"] == 1.0
+    cells = re.findall(r'<td class="n">([^<]*)</td>', source.partition("What it cost")[2])
+    assert cells == ["1.0", "~2.5", "10", "~12", "", ""]
 
 
 def test_what_is_ambiguous_passes_and_shows_its_evidence(tmp_path):

@@ -9,7 +9,6 @@ import torch
 
 from v4export import presets
 from v4export.config import ModelConfig
-from v4export.model.linear import Storage
 from v4export.model.moe import Router
 from v4export.verify.routing import Choices, compare_choices
 
@@ -27,7 +26,7 @@ ERROR = 0.01
 
 def router(config: ModelConfig, bias: list[float] | None = None) -> Router:
     """With the identity for its matrix, so that the input is the logits."""
-    made = Router(config, Storage())
+    made = Router(config, torch.float32)
     made.weight.data.copy_(torch.eye(8))
     if bias:
         made.e_score_correction_bias.data.copy_(torch.tensor(bias))
@@ -115,7 +114,7 @@ def test_another_number_of_experts():
 
 
 def test_of_experts_that_a_table_names_no_other_is_right():
-    made = Router(PLAIN, Storage(), hashed=True)
+    made = Router(PLAIN, torch.float32, hashed=True)
     made.weight.data.copy_(torch.eye(8))
     made.tid2eid.data.copy_(torch.arange(2 * PLAIN.vocab_size).reshape(-1, 2) % 8)
     x, ids = torch.tensor([CLOSE, CLOSE]), torch.tensor([1, 2])

@@ -6,7 +6,7 @@ Anything left over, missing, of a wrong shape or dtype, or not finite is an erro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,7 +69,11 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor the model needs, and where its bytes are. ``scale`` is there exactly where ``data`` is FP8 or FP4."""
+    """A tensor the model needs, or a piece of one, and where its bytes are.
+
+    ``scale`` is there exactly where ``data`` is FP8 or FP4. ``columns`` are those of ``data`` that a piece has, in
+    numbers; ``shape`` is the piece's.
+    """
 
     name: str  # canonical
     shape: tuple[int, ...]  # in numbers, of which FP4 data have two a byte
@@ -77,6 +81,8 @@ class Weight:
     data: StoredTensor
     scale: StoredTensor | None = None
     block: tuple[int, int] = (128, 128)  # rows and columns that share a multiplier
+    piece: str = ""  # which one, behind the names of its tensors
+    columns: tuple[int, int] | None = None
 
     @property
     def packed(self) -> bool:
@@ -85,6 +91,10 @@ class Weight:
 
     def decode(self) -> np.ndarray:
         """The values as float32, dequantised, in memory of their own; integers as int64."""
+        values = self._decode()
+        return values if self.columns is None else values[:, slice(*self.columns)]
+
+    def _decode(self) -> np.ndarray:
         if self.role == "hash_table":
             return self.data.read().astype(np.int64)
         if self.scale is None:
@@ -269,6 +279,12 @@ def audit(checkpoint: Checkpoint, *, scan_values: bool = True, advance: Callable
         _check_tables(sorting.weights, config.num_experts)
     weights = {name: sorting.weights[name] for name in sorting.expected}
     return Audit(weights, tuple(sorting.used), tuple(sorting.merged), skipped)
+
+
+def in_graph(weights: Mapping[str, Weight], config: ModelConfig) -> dict[str, Weight]:
+    """Those that are part of a graph: rows of Engram tables are found outside, unless tables are inside."""
+    inside = bool(config.engram and config.engram.inside)
+    return {name: w for name, w in weights.items() if inside or w.role != "engram_table"}
 
 
 def _both(one: Expected) -> tuple[str, str]:

@@ -61,7 +61,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     by_part = _by_part(parameters)
     remembering = None
     if may_skip_decoder(config):
-        remembering = _active(_by_part([one for one in parameters if _remembers(one, config)]), config)
+        remembering = _active(_by_part([one for one in parameters if remembers(one, config)]), config)
     return ParameterCounts(sum(by_part.values()), _active(by_part, config), by_part, remembering)
 
 
@@ -91,7 +91,7 @@ _MAKES_ENTRIES = (
 )
 
 
-def _remembers(one: Expected, config: ModelConfig) -> bool:
+def remembers(one: Expected, config: ModelConfig) -> bool:
     """Whether a parameter is at work for a token that does not pass the decoder."""
     place = one.name.split(".", 3)
     if place[1] != "layers":

@@ -9,23 +9,26 @@ FP4 weights are stored two in a byte, the even column in its low half, and share
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import ml_dtypes
 import numpy as np
+import torch
+
+from v4export.checkpoint.e2m1 import e2m1_codes, packed
 
 E4M3_MAX = 448.0
 # Below this a scale would leave too few bits for exact products; 2**-10 of it is what rounds to zero in E4M3.
 _SCALE_MIN = np.float32(2.0**-100)
+#: Rows quantised at a time.
+_STRIP = 128
 _BYTE_TABLES: dict[np.dtype, np.ndarray] = {}
 
 FP8_ROW = (1, 32)  # rows and columns of an Engram table that share a multiplier
 FP4_BLOCK = (1, 32)  # rows and columns that share a multiplier
-E2M1_MAX = 6.0
 # Halves of 6 and the next value there would be: what is above this would be nearer to 8, and is cut off.
 _E2M1_LIMIT = np.float32(7.0)
 _E8M0_EXPONENTS = (-127, 127)
-_HALF_BYTES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-# [256, 2]: the two values of a byte, in the order of their columns
-_PAIRS = np.stack([np.tile(_HALF_BYTES, 16), np.repeat(_HALF_BYTES, 16)], axis=1)
 
 
 def decode(array: np.ndarray) -> np.ndarray:
@@ -70,15 +73,27 @@ def quantize_blocks(
     above 448 still rounds to 448, and the next smaller power would clip.
     """
     n, k = w.shape
-    w8 = np.empty((n, k), ml_dtypes.float8_e4m3fn)
+    x = torch.from_numpy(np.ascontiguousarray(w))
+    w8 = torch.empty((n, k), dtype=torch.float8_e4m3fn)
     scale = np.empty(grid((n, k), (rows, cols)), np.float32)
-    starts = np.arange(0, k, cols)
-    for i in range(scale.shape[0]):
-        strip = w[i * rows : (i + 1) * rows]
-        scale[i] = _multiplier(np.maximum.reduceat(np.abs(strip).max(axis=0), starts), power_of_two)
-        scaled = strip / np.repeat(scale[i], cols)[:k]
-        w8[i * rows : (i + 1) * rows] = np.clip(scaled, -E4M3_MAX, E4M3_MAX, out=scaled).astype(w8.dtype)
-    return w8, scale
+    ragged = (0, scale.shape[1] * cols - k)
+    for start, stop, height in _strips(n, rows):
+        blocks = x[start:stop].view(-1, height, k)
+        peak = torch.nn.functional.pad(blocks.abs().amax(1), ragged).unflatten(1, (-1, cols)).amax(2)
+        own = _multiplier(peak.numpy(), power_of_two)
+        scale[start // rows : start // rows + len(own)] = own
+        scaled = blocks / torch.from_numpy(own).repeat_interleave(cols, 1)[:, None, :k]
+        w8[start:stop] = scaled.clamp_(-E4M3_MAX, E4M3_MAX).view(-1, k)
+    return w8.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), scale
+
+
+def _strips(n: int, height: int) -> Iterator[tuple[int, int, int]]:
+    """Rows of blocks some at a time, as many as a cache holds: from where to where, and of how many rows a block is."""
+    whole, step = n - n % height, max(height, _STRIP // height * height)
+    for start in range(0, whole, step):
+        yield start, min(start + step, whole), height
+    if whole < n:
+        yield whole, n, n - whole
 
 
 def _multiplier(peak: np.ndarray, power_of_two: bool) -> np.ndarray:
@@ -90,6 +105,13 @@ def _multiplier(peak: np.ndarray, power_of_two: bool) -> np.ndarray:
     return np.where(peak <= _SCALE_MIN * 2.0**-10, np.float32(1), scale)
 
 
+def unpacked(packed: np.ndarray, kind: type) -> np.ndarray:
+    """Float32 [N, K] of bytes [N, K / 2] of two numbers of a four-bit type, the even column in the low bits."""
+    half_bytes = np.arange(16, dtype=np.uint8).view(kind).astype(np.float32)
+    pairs = np.stack([np.tile(half_bytes, 16), np.repeat(half_bytes, 16)], axis=1)
+    return pairs[packed.view(np.uint8)].reshape(len(packed), -1)
+
+
 def dequantize_fp4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Float32 [N, K] of packed E2M1 bytes [N, K / 2] and multipliers [N, K / 32] (E8M0, bfloat16 or float32).
 
@@ -99,7 +121,7 @@ def dequantize_fp4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
     n, half = packed.shape
     if scale.shape != (n, half // 16) or half % 16:
         raise ValueError(f"scale {scale.shape}, expected {(n, half // 16)} for {packed.shape} bytes of two FP4 numbers")
-    values = _PAIRS[packed.view(np.uint8)].reshape(n, half // 16, FP4_BLOCK[1])
+    values = unpacked(packed, ml_dtypes.float4_e2m1fn).reshape(n, half // 16, FP4_BLOCK[1])
     values *= decode(scale)[:, :, None]
     return values.reshape(n, 2 * half)
 
@@ -118,13 +140,21 @@ def quantize_fp4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n, k = w.shape
     if k % FP4_BLOCK[1]:
         raise ValueError(f"{k} columns, expected a multiple of {FP4_BLOCK[1]}")
-    blocks = w.reshape(n, -1, FP4_BLOCK[1])
-    peak = np.abs(blocks).max(axis=2)
+    x = torch.from_numpy(np.ascontiguousarray(w)).view(n, -1, FP4_BLOCK[1])
+    numbers = torch.empty((n, k // 2), dtype=torch.uint8)
+    scale = np.empty(x.shape[:2], np.float32)
+    for start in range(0, n, _STRIP):
+        some = slice(start, start + _STRIP)
+        scale[some] = _power_of_two(x[some].abs().amax(2).numpy())
+        # A power of two that E8M0 has may lie below float32's normal numbers, whose reciprocal float32 lacks: divide.
+        scaled = x[some] / torch.from_numpy(scale[some])[:, :, None]
+        numbers[some] = packed(e2m1_codes(scaled).view(-1, k))
+    return numbers.numpy(), scale
+
+
+def _power_of_two(peak: np.ndarray) -> np.ndarray:
     mantissa, exponent = np.frexp(peak / _E2M1_LIMIT)
     # frexp's mantissa is in [0.5, 1): exactly 0.5 is a power of two already.
     exponent = np.clip(np.where(mantissa > 0.5, exponent, exponent - 1), *_E8M0_EXPONENTS)
     exponent = np.where(peak > 2.0 ** (_E8M0_EXPONENTS[0] - 2), exponent, 0)
-    scale = np.ldexp(np.float32(1), exponent)
-    scaled = np.clip(np.ldexp(blocks, -exponent[:, :, None]), -E2M1_MAX, E2M1_MAX)
-    halves = scaled.reshape(n, k).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
-    return halves[:, ::2] | halves[:, 1::2] << 4, scale
+    return np.ldexp(np.float32(1), exponent)

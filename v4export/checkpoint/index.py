@@ -45,6 +45,12 @@ class Checkpoint:
         """Bytes of all stored tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def state(self) -> list[Any]:
+        """What shows, without a weight being read, whether they are those that were there before."""
+        status = [(file.name, file.stat()) for file in self.files]
+        return [self.header_hash, [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in status]]
+
     @staticmethod
     def open(path: str | Path) -> Checkpoint:
         """Reads config.json, the index and every header of a Hugging Face directory.

@@ -99,7 +99,7 @@ def _format(config: ModelConfig, role: str) -> _Format | None:
 
 
 @dataclass(frozen=True)
-class _Planned:
+class Planned:
     """A tensor to be written: the canonical weights it holds one after another, or, for a scale, theirs."""
 
     name: str
@@ -111,10 +111,12 @@ class _Planned:
 
     @property
     def nbytes(self) -> int:
+        """Bytes once written."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def _plan(config: ModelConfig, fused: bool) -> Iterator[_Planned]:
+def planned_tensors(config: ModelConfig, fused: bool = False) -> Iterator[Planned]:
+    """Every tensor that a checkpoint of a configuration has, in reading order."""
     fusing = names.fused(config) if fused else {}
     inside = {one.name: name for name, experts in fusing.items() for pieces in experts for one in pieces}
     written = set()
@@ -132,7 +134,7 @@ def _plan(config: ModelConfig, fused: bool) -> Iterator[_Planned]:
         stored = native(name) if config.compressed else name
         quantized = _format(config, one.role)
         if quantized is None:
-            yield _Planned(stored, _FIXED.get(one.role, _STORED[config.dtype]), shape, pieces)
+            yield Planned(stored, _FIXED.get(one.role, _STORED[config.dtype]), shape, pieces)
             continue
         block = quantized.block
         if len(shape) == 3 and any(piece.shape[0] % block[0] for piece in experts[0][:-1]):
@@ -143,12 +145,12 @@ def _plan(config: ModelConfig, fused: bool) -> Iterator[_Planned]:
             )
         items = (*shape[:-1], shape[-1] // quantized.per_item)
         scale = native(name + SCALE) if config.compressed else name + SCALE
-        yield _Planned(stored, quantized.dtype, items, pieces, quantized)
-        yield _Planned(scale, quantized.scale_dtype, grid(shape, block), pieces, quantized, is_scale=True)
+        yield Planned(stored, quantized.dtype, items, pieces, quantized)
+        yield Planned(scale, quantized.scale_dtype, grid(shape, block), pieces, quantized, is_scale=True)
 
 
-def _shards(plan: Iterator[_Planned], limit: int) -> list[list[_Planned]]:
-    shards: list[list[_Planned]] = [[]]
+def _shards(plan: Iterator[Planned], limit: int) -> list[list[Planned]]:
+    shards: list[list[Planned]] = [[]]
     size = 0
     for planned in plan:
         if shards[-1] and size + planned.nbytes > limit:
@@ -186,7 +188,7 @@ def _generator(one: Expected, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, *hashlib.sha256(one.name.encode()).digest()])
 
 
-def _chunks(shard: list[_Planned], experts: int, seed: int) -> Iterator[np.ndarray]:
+def _chunks(shard: list[Planned], experts: int, seed: int) -> Iterator[np.ndarray]:
     scales: list[np.ndarray] = []
     for planned in shard:
         dtype = DTYPES[planned.dtype]
@@ -204,7 +206,7 @@ def _chunks(shard: list[_Planned], experts: int, seed: int) -> Iterator[np.ndarr
                 yield from (some.astype(dtype) for some in rows)
 
 
-def _quantized(planned: _Planned, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _quantized(planned: Planned, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     assert planned.quantized is not None
     for one in planned.pieces:
         for rows in _rows(one, seed, planned.quantized.block[0]):
@@ -213,7 +215,7 @@ def _quantized(planned: _Planned, seed: int) -> Iterator[tuple[np.ndarray, np.nd
 
 def _write_shard(
     file: Path,
-    shard: list[_Planned],
+    shard: list[Planned],
     chunks: Iterator[np.ndarray] | None,
     advance: Callable[[float], None] | None,
 ) -> None:
@@ -287,7 +289,7 @@ def synth(
     if shard_bytes < 1:
         raise BadInput("shards need a size", f"shard_bytes = {shard_bytes}")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    shards = _shards(_plan(config, fused), shard_bytes)
+    shards = _shards(planned_tensors(config, fused), shard_bytes)
     needed, free = sum(p.nbytes for shard in shards for p in shard), shutil.disk_usage(directory.parent).free
     if needed > free and not sparse:
         raise NotEnough(
@@ -308,7 +310,7 @@ def synth(
 def _fill(
     folder: Path,
     config: ModelConfig,
-    shards: list[list[_Planned]],
+    shards: list[list[Planned]],
     seed: int | None,
     advance: Callable[[float], None] | None,
 ) -> None:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+from v4export.config.sharding import Sharding
+
 
 @dataclass(frozen=True)
 class Yarn:
@@ -247,6 +249,8 @@ class ModelConfig:
     swiglu_limit: float | None = None  # gates are cut off above it, and up-projections beyond it on both sides
     image_token_id: int | None = None  # stands for an image, which is not exported
     left_out_layers: int = 0  # layers of the checkpoint after ``num_layers`` that the user does not want
+    state_fp8: bool = False  # cached rows of attention are E4M3 with multipliers (``state_contract``)
+    sharding: Sharding | None = None  # sizes are those of one rank of this (``of_a_rank``)
 
     @property
     def qk_head_dim(self) -> int:
@@ -289,6 +293,29 @@ class ModelConfig:
     def state_layers(self) -> int:
         """Layers that remember something: the model's own, and its reasoning layers behind them."""
         return self.num_layers + (self.reasoning.layers if self.reasoning and self.thinks else 0)
+
+    @property
+    def shared_experts_width(self) -> int:
+        """Width of all shared experts of a layer together."""
+        whole = self.moe_intermediate_size * self.num_shared_experts
+        return whole // self.sharding.width if self.sharding else whole
+
+    @property
+    def expert_width(self) -> int:
+        """Width of a routed expert."""
+        parts = self.sharding.expert_parts if self.sharding else 1
+        return self.moe_intermediate_size // parts
+
+    def of_a_rank(self, sharding: Sharding) -> ModelConfig:
+        """The sizes of what one rank computes; its router still knows all experts."""
+        c = self.compressed
+        return replace(
+            self,
+            num_heads=self.num_heads // sharding.tp,
+            intermediate_size=self.intermediate_size // sharding.width,
+            compressed=c and replace(c, o_groups=c.o_groups // sharding.tp),
+            sharding=sharding,
+        )
 
     @property
     def expert_parameters(self) -> int:

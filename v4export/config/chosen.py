@@ -9,6 +9,9 @@ from typing import Any
 from v4export.config import ModelConfig
 from v4export.errors import BadInput
 
+#: How cached rows are kept: in the activations' type, or those that attention reads as E4M3 with multipliers.
+AUTO, FP8 = "auto", "fp8"
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -18,11 +21,13 @@ class Chosen:
         layers: how many first layers to keep.
         engram_inside: make Engram tables part of the graph.
         think_steps: of a thought; 0 leaves reasoning layers out.
+        state: ``fp8``, how cached rows are kept; None is the activations' type.
     """
 
     layers: int | None = None
     engram_inside: bool = False
     think_steps: int | None = None
+    state: str | None = None
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Chosen:
@@ -34,6 +39,8 @@ class Chosen:
         found = cls(**stored)
         counts = (found.layers, found.think_steps)
         if type(found.engram_inside) is not bool or any(type(n) not in (int, type(None)) for n in counts):
+            raise TypeError(f"chosen: {stored!r}")
+        if found.state not in (None, FP8):
             raise TypeError(f"chosen: {stored!r}")
         return found
 
@@ -61,7 +68,9 @@ class Chosen:
             raise BadInput("this model has no reasoning layers", fix="leave --think-steps out")
         if self.think_steps is not None and config.reasoning:
             config = replace(config, reasoning=replace(config.reasoning, steps=self.think_steps))
-        return config
+        if self.state not in (None, FP8):
+            raise BadInput("state cannot be kept so", f"{self.state!r}, known: {AUTO}, {FP8}", "choose one of them")
+        return replace(config, state_fp8=True) if self.state else config
 
 
 #: As the checkpoint has it.

@@ -21,6 +21,7 @@ from v4export.engine.backend import choose_backend, cuda_devices, package_versio
 from v4export.engine.profiles import ShapeOverride, derive_profiles, input_dims
 from v4export.engine.targets import resolve_targets
 from v4export.errors import BadInput, NotEnough, NotSupported, V4Error
+from v4export.precision import Precision
 
 _TAIL = 12
 _NAMES = re.compile(r"(?<=named )\S+|(?<=input )\S+|\d+")
@@ -68,7 +69,7 @@ def build_engine(
     onnx: Path,
     engine: Path,
     *,
-    precision: str,
+    precision: Precision,
     targets: Sequence[str] | None = None,
     backend: str | None = None,
     max_batch: int = 1,
@@ -78,6 +79,9 @@ def build_engine(
     workspace_gib: float | None = None,
     shapes: ShapeOverride | None = None,
     plugins: str = "none",
+    weight_streaming: bool = False,
+    refit: bool = False,
+    refit_from: Path | None = None,
     timeout_s: float | None = None,
     log: Path | None = None,
     on_line: Callable[[str], None] | None = None,
@@ -87,7 +91,7 @@ def build_engine(
     Args:
         onnx: the graph; external data is found beside it.
         engine: the file to write; one that is there is replaced when the build has succeeded.
-        precision: one of ``targets.PRECISIONS``; the build fails if the engine does not hold it.
+        precision: the recipe; the build fails if the engine does not hold it.
         targets: compute capabilities or device names; see ``resolve_targets``.
         backend: tensorrt or tensorrt_rtx; see ``choose_backend``.
         max_batch: largest B.
@@ -96,6 +100,10 @@ def build_engine(
         max_steps: of a thought.
         workspace_gib: limit on the builder's scratch memory.
         shapes: a user's own shapes, instead of the two derived profiles.
+        weight_streaming: let a program keep the engine's weights in host memory and send them as they are needed.
+        refit: let a program replace the engine's weights; TensorRT-RTX needs a GPU's driver to build such an engine.
+        refit_from: an engine of the same graph with other weights, built to be refitted: give it this graph's weights
+            instead of building.
         plugins: how the graph's kernels get in, a name of ``implementations.WAYS``.
         timeout_s: after which the build is stopped.
         log: file for the builder's log.
@@ -110,7 +118,7 @@ def build_engine(
         raise BadInput("There is no ONNX file to build from", f"path: {onnx}", "Export the model first.")
     name = choose_backend(backend)
     present = [device.capability for device in cuda_devices()]
-    chosen = tuple(target.name for target in resolve_targets(targets, precision, name, present))
+    chosen = tuple(target.name for target in resolve_targets(targets, precision, name, present, plugins != "none"))
     sizes = {"max_batch": max_batch, "max_seq_len": max_seq_len, "max_chunk": max_chunk, "max_steps": max_steps}
     profiles = derive_profiles(input_dims(onnx), **sizes, override=shapes)
     engine.parent.mkdir(parents=True, exist_ok=True)
@@ -122,11 +130,15 @@ def build_engine(
         "backend": name,
         "names_capabilities": name == "tensorrt_rtx",
         "targets": chosen,
-        "precision": precision,
+        "precision": precision.name,
+        "stored": precision.stored,
+        "inputs": precision.inputs,
         "inspect": bool(set(chosen) & set(present)),
         "profiles": [asdict(profile) for profile in profiles],
         "workspace_bytes": int((workspace_gib or 0) * 2**30),
         "plugins": plugins,
+        "flags": [flag for flag, is_on in (("WEIGHT_STREAMING", weight_streaming), ("REFIT", refit)) if is_on],
+        "refit_from": str(refit_from.resolve()) if refit_from else None,
     }
     try:
         result, tail = _run(request, timeout_s, log, on_line)
@@ -141,7 +153,7 @@ def build_engine(
         backend=name,
         backend_version=package_version(name) or result["version"],
         targets=chosen,
-        precision=precision,
+        precision=precision.name,
         layers=result["layers"],
         dtypes=result["dtypes"],
         proofs=[(proof["claim"], proof["evidence"]) for proof in result["proofs"]],
@@ -285,6 +297,14 @@ def _build(result: dict[str, Any], request: dict[str, Any], tail: list[str]) -> 
     )
 
 
+def _refit(result: dict[str, Any], request: dict[str, Any], tail: list[str]) -> V4Error:
+    return NotSupported(
+        f"{request['refit_from']} cannot be given other weights: {result['why']}",
+        "\n  ".join(result["messages"][-_TAIL:]),
+        "It takes a GPU and an engine that was built with --refit; without --refit-from, an engine is built.",
+    )
+
+
 def _memory(result: dict[str, Any], request: dict[str, Any], tail: list[str]) -> V4Error:
     return NotEnough(
         "There is not enough memory to build the engine",
@@ -308,6 +328,7 @@ _EXPLANATIONS: dict[str, Callable[[dict[str, Any], dict[str, Any], list[str]], V
     "precision": _precision,
     "dropped": _dropped,
     "build": _build,
+    "refit": _refit,
     "memory": _memory,
     "disk": _disk,
     "crash": _crash,

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 from v4export.engine.backend import cuda_devices, package_version, standard_works
-from v4export.engine.targets import PRECISIONS, buildable
+from v4export.engine.targets import buildable
+from v4export.precision import PRECISIONS
 
 OK, MISSING, LIMITED = "ok", "missing", "limited"
 _GIB = 2**30
@@ -184,7 +185,10 @@ def _engine_stage() -> Finding:
     if backend is None:
         return Finding("stage: engine", None, MISSING, "does not work here", "pip install 'v4export[rtx]'")
     can = buildable(backend, present)
-    by = "; ".join(f"{p}: {' '.join(t.name for t in can if p in t.precisions)}" for p in PRECISIONS)
+    alike: dict[str, list[str]] = {}
+    for recipe in PRECISIONS.values():
+        alike.setdefault(" ".join(t.name for t in can if t.has(recipe)), []).append(recipe.name)
+    by = "; ".join(f"{' '.join(names)}: {targets}" for targets, names in alike.items())
     return Finding("stage: engine", backend, OK, f"builds for {by}")
 
 

@@ -48,28 +48,26 @@ class Format:
         return math.prod(dims) * self.bits // 8
 
 
+#: The format of matrices that plugins read.
+WORDS = "words"
 FORMATS = {
     "fp32": Format(onnx.TensorProto.FLOAT, "FLOAT", "float", 32),
     "fp16": Format(onnx.TensorProto.FLOAT16, "HALF", "half", 16),
     "bf16": Format(onnx.TensorProto.BFLOAT16, "BF16", "bf16", 16),
     "fp8": Format(onnx.TensorProto.FLOAT8E4M3FN, "FP8", "fp8_e4m3", 8),
     "fp4": Format(onnx.TensorProto.FLOAT4E2M1, "FP4", "fp4_e2m1", 4),
+    "int8": Format(onnx.TensorProto.INT8, "INT8", "int8", 8),
+    "int4": Format(onnx.TensorProto.INT4, "INT4", "int4", 4),
     # What is packed for plugins, which widen it themselves.
-    "words": Format(onnx.TensorProto.INT32, "INT32", "int32", 32),
-}
-#: Formats that a precision stores weights in and that must be found again; the network has to use the first.
-STORED = {
-    "fp32": ("fp32",),
-    "fp16": ("fp16",),
-    "bf16": ("bf16",),
-    "fp8": ("fp8", "words"),
-    "mxfp4": ("fp4", "fp8", "words"),
+    WORDS: Format(onnx.TensorProto.INT32, "INT32", "int32", 32),
 }
 #: Formats that a dequantising layer widens before anything else can take them.
-QUANTIZED = ("fp8", "fp4")
+QUANTIZED = ("fp8", "fp4", "int8", "int4")
 # Tables that the compiler computes once, and constants of its own, are wider than the weights and need not be few.
 _WIDER_ALLOWED = 1.1
 _SMALL = 1 << 20
+# Routers multiply in float32, to which the compiler widens their matrices: some thousandth of a model's.
+_ROUTERS = 0.005
 _RUN, _SAMPLES, _LEAST_VARIETY = 256, 8, 16
 #: What a plugin of experts reads is part of its name.
 _WIDENED = re.compile(r"Expert[A-Z][a-z]+(Fp[48])")
@@ -160,12 +158,12 @@ def _constants(plan: mmap.mmap) -> dict[str, int]:
     return dict(found)
 
 
-def read_weights(path: Path, precision: str) -> WeightFacts:
-    """Sizes of an ONNX file's initialisers, reading only the bytes of the samples."""
+def read_weights(path: Path, stored: Sequence[str]) -> WeightFacts:
+    """Sizes of an ONNX file's initialisers, and some bytes of those in the formats ``stored``."""
     proto = onnx.load(path, load_external_data=False)
     names = {one.onnx: name for name, one in FORMATS.items()}
     sizes: Counter[str] = Counter()
-    matrices: dict[str, list[onnx.TensorProto]] = {name: [] for name in STORED[precision]}
+    matrices: dict[str, list[onnx.TensorProto]] = {name: [] for name in stored}
     for tensor in proto.graph.initializer:
         name = names.get(tensor.data_type)
         if name is None:
@@ -204,16 +202,40 @@ def _runs(tensor: onnx.TensorProto, stored: Format, folder: Path) -> tuple[bytes
     return tuple(runs) if all(len(set(run)) >= _LEAST_VARIETY for run in runs) else ()
 
 
-def prove_network(precision: str, facts: NetworkFacts) -> Proof:
-    """That the network asks for the precision at all: a wrong graph is refused before hours are spent on it."""
-    first = STORED[precision][0]
-    kind = FORMATS[first].network
-    if first in QUANTIZED:
-        count = facts.dequantized[kind]
-        return Proof(f"the network reads {first} weights", f"{count} layers that widen {first} input", count > 0)
-    total, count = sum(facts.matrix.values()), facts.matrix[kind]
-    shares = ", ".join(f"{name} {n}" for name, n in facts.matrix.most_common()) or "none"
-    return Proof(f"matrix layers compute in {precision}", f"{count} of {total} ({shares})", count > 0)
+def prove_network(
+    stored: Sequence[str], weights: WeightFacts, facts: NetworkFacts, inputs: bool = False
+) -> list[Proof]:
+    """That the network asks for the formats at all: a wrong graph is refused before hours are spent on it.
+
+    Args:
+        stored: formats asked for, of which the first must be there.
+        weights: of the ONNX file.
+        facts: of the network.
+        inputs: whether inputs of products were to be rounded, too.
+    """
+    first = stored[0]
+    if first not in QUANTIZED:
+        total, count = sum(facts.matrix.values()), facts.matrix[FORMATS[first].network]
+        shares = ", ".join(f"{name} {n}" for name, n in facts.matrix.most_common()) or "none"
+        return [Proof(f"matrix layers compute in {first}", f"{count} of {total} ({shares})", count > 0)]
+    proofs = []
+    for name in (first, *(other for other in stored[1:] if weights.sizes.get(other))):
+        count = facts.dequantized[FORMATS[name].network]
+        evidence = f"{count} layers that widen {name} input"
+        proofs.append(Proof(f"the network reads {name} weights", evidence, count > 0))
+    if inputs:
+        count = facts.layers["QUANTIZE"]
+        proofs.append(Proof("inputs of products are rounded to fp8", f"{count} layers that round", count > 0))
+    return proofs
+
+
+def prove_sums(path: Path, facts: NetworkFacts) -> list[Proof]:
+    """That a rank's network sums over ranks wherever its graph does."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    wanted, found = sum(node.op_type == "DistCollective" for node in nodes), facts.layers["DIST_COLLECTIVE"]
+    if not wanted:
+        return []
+    return [Proof("the network sums over ranks", f"{found} collectives, the graph has {wanted}", found == wanted)]
 
 
 def prove_plugins(launches: int, facts: NetworkFacts) -> list[Proof]:
@@ -227,7 +249,12 @@ def prove_plugins(launches: int, facts: NetworkFacts) -> list[Proof]:
 
 
 def prove_plan(
-    path: Path, plan: PlanFacts, precision: str, weights: WeightFacts, targets: Iterable[str], shown_targets: bool
+    path: Path,
+    plan: PlanFacts,
+    stored: Sequence[str],
+    weights: WeightFacts,
+    targets: Iterable[str],
+    shown_targets: bool,
 ) -> list[Proof]:
     """The claims a finished plan must bear out."""
     proofs = []
@@ -236,9 +263,9 @@ def prove_plan(
     if shown_targets and plan.header_size:
         asked = tuple(name for name in MASK_BITS if name in set(targets))
         proofs.append(Proof("it is for the targets asked for", ", ".join(plan.targets), plan.targets == asked))
-    for stored in STORED[precision]:
-        if weights.sizes.get(stored):
-            proofs.append(_kept(plan, stored, weights) if plan.constants else _same_bytes(path, stored, weights))
+    for name in stored:
+        if weights.sizes.get(name):
+            proofs.append(_kept(plan, name, weights) if plan.constants else _same_bytes(path, name, weights))
     return proofs
 
 
@@ -255,7 +282,7 @@ def _kept(plan: PlanFacts, stored: str, weights: WeightFacts) -> Proof:
     wider = [name for name, one in FORMATS.items() if one.bits > FORMATS[stored].bits]
     over = sum(plan.constants.get(FORMATS[name].plan, 0) for name in wider)
     before = sum(weights.sizes.get(name, 0) for name in wider)
-    limit = before / there * _WIDER_ALLOWED * own + _SMALL * max(1.0, own / there)
+    limit = (before / there * _WIDER_ALLOWED + _ROUTERS) * own + _SMALL * max(1.0, own / there)
     evidence = (
         f"constants in the plan: {_sizes(plan.constants)}; in the ONNX file: {there} bytes of {stored}, {before} wider"
     )

@@ -54,7 +54,12 @@ class Implementation:
     reason: str
 
 
-_NATIVE = {"TRT_BlockDequantize": "TensorRT widens FP8 blocks inside the product behind them"}
+_NATIVE = {
+    **dict.fromkeys(
+        ("TRT_BlockDequantize", "TRT_INT4DequantizeLinear"), "TensorRT widens blocks inside the product behind them"
+    ),
+    "DistCollective": "NCCL, by the communicator that a program sets",
+}
 #: Ops that TensorRT computes as well by itself.
 _BODIES = {"HyperMix": "elementwise: TensorRT fuses it with its neighbours"}
 #: Why the others are plugins.

@@ -12,12 +12,13 @@ from v4export.engine.build import EngineReport, build_engine
 from v4export.engine.implementations import resolve_way, shared_budget
 from v4export.engine.preflight import preflight
 from v4export.engine.profiles import ShapeOverride
+from v4export.engine.refit import same_but_weights
 from v4export.engine.scratch import scratch
 from v4export.engine.targets import buildable, fallback, resolve_targets
-from v4export.errors import NotSupported, missing_package
+from v4export.errors import BadInput, NotSupported, missing_package
 from v4export.plugins.kernels import nvrtc
 from v4export.plugins.limits import MAX_ELEMENTS
-from v4export.precision import precision as find_precision
+from v4export.precision import PRECISIONS, Precision
 
 #: An engine lies beside its graph, and has its name.
 ENGINE_SUFFIX = ".engine"
@@ -39,6 +40,9 @@ class EngineOptions:
         workspace_gib: limit on the builder's own scratch memory.
         shapes: a user's own shapes in place of the derived profiles.
         plugins: how kernels get in, a name of ``implementations.WAYS``; the package's default unless given.
+        weight_streaming: let a program keep weights in host memory and send them as they are needed.
+        refit: let a program replace the engine's weights.
+        refit_from: a bundle of another checkpoint of the same model, whose engines get these weights.
     """
 
     targets: Sequence[str] | None = None
@@ -48,13 +52,16 @@ class EngineOptions:
     workspace_gib: float | None = None
     shapes: ShapeOverride | None = None
     plugins: str | None = None
+    weight_streaming: bool = False
+    refit: bool = False
+    refit_from: Path | None = None
 
 
 #: Both profiles, for every target that has the precision.
 DEFAULT_ENGINE = EngineOptions()
 
 
-def check_targets(options: EngineOptions, precision: str) -> None:
+def check_targets(options: EngineOptions, precision: Precision) -> None:
     """Refuse a target that cannot have the precision before any work is done."""
     if plugin_plan(options, precision)[0] != "none":
         try:
@@ -63,10 +70,11 @@ def check_targets(options: EngineOptions, precision: str) -> None:
             raise missing_package("nvidia-cuda-nvrtc", "gpu", "Compiling kernels for plugins") from e
 
 
-def plugin_plan(options: EngineOptions, precision: str) -> tuple[str, int]:
+def plugin_plan(options: EngineOptions, precision: Precision) -> tuple[str, int]:
     """How kernels get into the engine, and the bytes of shared memory that a launch may have there."""
     backend, present = choose_backend(options.backend), [device.capability for device in cuda_devices()]
-    targets, way = resolve_targets(options.targets, precision, backend, present), _way(options)
+    way = _way(options)
+    targets = resolve_targets(options.targets, precision, backend, present, way != "none")
     return way, shared_budget(way, targets)
 
 
@@ -87,16 +95,18 @@ def precision_for(options: EngineOptions, precision: str) -> tuple[str, str | No
     names = list(options.targets or ())
     if not names and choose_backend(options.backend) == "tensorrt":
         names = [target.name for target in buildable("tensorrt", [device.capability for device in cuda_devices()])]
-    return fallback(names, precision)
+    return fallback(names, precision, bool(names) and _way(options) != "none")
 
 
-def prefill_chunk(config: ModelConfig, options: EngineOptions, max_seq_len: int, precision: str = "bf16") -> int:
+def prefill_chunk(
+    config: ModelConfig, options: EngineOptions, max_seq_len: int, precision: Precision = PRECISIONS["bf16"]
+) -> int:
     """New tokens of a prefill step: what was asked, or what the scratch memory and TensorRT's tensors allow.
 
     Raises:
         NotSupported: a tensor would have more elements than TensorRT takes, in the chunk asked for or in any.
     """
-    wide = find_precision(precision).activations == "float32"  # too wide for many a launch, which leaves bodies
+    wide = precision.activations == "float32"  # too wide for many a launch, which leaves bodies
     plugins = not wide and _way(options) != "none"
     places = scratch(config, max_seq_len, 4 if wide else 2, plugins)
     tightest = min(places, key=lambda place: place.most_tokens)
@@ -117,7 +127,7 @@ def engine_of(
     graph: Path,
     config: ModelConfig,
     max_seq_len: int,
-    precision: str,
+    precision: Precision,
     options: EngineOptions,
     on_line: Callable[[str], None] | None = None,
     engine: Path | None = None,
@@ -135,6 +145,7 @@ def engine_of(
         raise NotSupported(
             f"TensorRT would refuse the graph: {first.rule}", f"{first.where}: {first.message}", first.fix
         )
+    before = _refittable(options.refit_from, graph) if options.refit_from else None
     report = build_engine(
         graph,
         engine or graph.with_suffix(ENGINE_SUFFIX),
@@ -148,6 +159,30 @@ def engine_of(
         workspace_gib=options.workspace_gib,
         shapes=options.shapes,
         plugins=_way(options),
+        weight_streaming=options.weight_streaming,
+        refit=options.refit,
+        refit_from=before,
         on_line=on_line,
     )
     return replace(report, path=Path(report.path.name))
+
+
+def _refittable(bundle: Path, graph: Path) -> Path:
+    """The engine of another bundle's graph that differs from this one in its weights alone.
+
+    Raises:
+        BadInput: there is none.
+    """
+    other, engine = bundle / graph.name, (bundle / graph.name.split(".")[0]).with_suffix(ENGINE_SUFFIX)
+    for file in (other, engine):
+        if not file.is_file():
+            raise BadInput(
+                f"{bundle} has no engine to refit", f"missing: {file}", "give a bundle that was built with --refit"
+            )
+    if not same_but_weights(other, graph):
+        raise BadInput(
+            f"{other} is another graph than {graph}",
+            "only weights can be replaced: model, recipe, --layers and --keep have to be the same",
+            "leave --refit-from out",
+        )
+    return engine

@@ -6,6 +6,7 @@ in the graph, in If and Loop bodies, and in the bodies of model-local functions.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ BUILTIN_NAMES = frozenset((
 ))
 # fmt: on
 #: Functions that mirror a builtin on purpose: their body computes what the builtin does.
-MIRRORED = frozenset({("trt", "TRT_BlockDequantize")})
+MIRRORED = frozenset({("trt", "TRT_BlockDequantize"), ("trt", "TRT_INT4DequantizeLinear")})
 UNSUPPORTED = {
     "NonZero": "give every position a fixed place (Where, TopK, a mask) instead",
     "Unique": "sort with TopK, or do it outside the graph",
@@ -114,7 +115,7 @@ def preflight(model: onnx.ModelProto | Path, backend: str = "tensorrt_rtx") -> l
     """Every problem of an ONNX model, in the order of its nodes; external data is not opened."""
     proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
     found = [problem for place in places(proto) for problem in _check(place, backend)]
-    return [*_functions(proto), *_loops(proto), *_initialisers(proto), *_inside(proto), *found]
+    return [*_functions(proto), *_constants(proto), *_loops(proto), *_initialisers(proto), *_inside(proto), *found]
 
 
 def places(model: onnx.ModelProto) -> Iterator[Place]:
@@ -259,6 +260,25 @@ def _functions(model: onnx.ModelProto) -> Iterator[Problem]:
                 "the parser knows this name, whatever the domain, and would not use the function's body",
                 "give the function another name",
             )
+
+
+def _constants(model: onnx.ModelProto) -> Iterator[Problem]:
+    """A graph's Constant behind a call takes the value of a Constant of the same name inside the function called."""
+    functions = {(f.domain, f.name): f for f in model.functions}
+
+    @functools.cache
+    def inside(function: tuple[str, str]) -> frozenset[str]:
+        nodes = functions[function].node if function in functions else ()
+        called = (inside((node.domain, node.op_type)) for node in nodes)
+        return frozenset(node.output[0] for node in nodes if node.op_type == "Constant").union(*called)
+
+    met: dict[str, str] = {}
+    for node in model.graph.node:
+        met |= dict.fromkeys(inside((node.domain, node.op_type)), node.op_type)
+        if node.op_type == "Constant" and node.output[0] in met:
+            name = node.output[0]
+            message = f"{name} would get the value of the {name} inside {met[name]}, which is called before it"
+            yield Problem("error", "constant-name", f"graph/{node.name or name}", message, "give it a name of its own")
 
 
 def _loops(model: onnx.ModelProto) -> Iterator[Problem]:

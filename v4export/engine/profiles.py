@@ -1,7 +1,8 @@
 """Optimisation profiles: for each named dimension a least, a likely and a largest size, then shapes derived by name.
 
-Letters: B batch, S new tokens, T cached tokens, Q positions whose logits are wanted; T/n rows that each stand for n
-cached tokens; P earlier steps of a thought.
+Letters: B batch, S new tokens, T cached tokens, Q positions whose logits are wanted; T/n and S/n rows that each stand
+for n tokens; P earlier steps of a thought. What one stage of a pipeline reads of another: M tokens of all sequences, K
+and N what was selected for them.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pathlib import Path
 import onnx
 
 from v4export.errors import BadInput
+from v4export.plugins.limits import MAX_TOPK
 
 Size = tuple[int, int, int]
 Dim = int | str
 Shapes = Mapping[str, tuple[int, ...]]
 BOUNDS = ("min", "opt", "max")
-#: The letter of rows that grow with a sequence, alone or divided by the tokens of a row.
-CACHED = "T"
+#: The letters of rows that grow with a sequence or come with a step, alone or divided by the tokens of a row.
+CACHED, NEW = "T", "S"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ def dim_table(max_batch: int, max_seq_len: int, max_chunk: int, max_steps: int =
     table = {"decode": {"B": (1, max_batch, max_batch), "S": (1, 1, 1), "Q": (1, 1, 1), **both}}
     if max_chunk > 1:
         table["prefill"] = {"B": (1, 1, max_batch), "S": chunk, "Q": (1, 1, max_chunk), **both}
+    selected = (1, MAX_TOPK // 4, MAX_TOPK)
+    for sizes in table.values():
+        least, likely, most = (b * s for b, s in zip(sizes["B"], sizes[NEW], strict=True))
+        sizes |= {"M": (least, likely, most), "K": selected, "N": selected}
     return table
 
 
@@ -172,8 +178,11 @@ def _size(name: str, sizes: Mapping[str, Size]) -> Size | None:
     if name in sizes:
         return sizes[name]
     letter, _, every = name.partition("/")
-    if letter != CACHED or not every.isdecimal() or int(every) < 1:
+    if letter not in (CACHED, NEW) or not every.isdecimal() or int(every) < 1:
         return None
+    if letter == NEW:
+        least, likely, most = (-(-tokens // int(every)) for tokens in sizes[NEW])
+        return least, likely, most
     least, likely, most = (tokens // int(every) for tokens in sizes[CACHED])
     return max(1, least), max(1, likely), most + 1
 

@@ -1,4 +1,5 @@
-"""Which GPUs an engine can be built for, by which package, in which precisions: one table, and questions about it.
+"""Which GPUs an engine can be built for, by which package, and what types their products take: one table, and questions
+about it. A recipe (``v4export/precision.py``) can be built for a target that has all of its types.
 
 TensorRT-RTX names compute capabilities and builds for any of them on any machine. TensorRT builds for the GPU that is
 present.
@@ -12,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from v4export.errors import BadInput, NotSupported, V4Error
+from v4export.precision import PRECISIONS, Precision
 
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "mxfp4")
-#: What to export where a target lacks a precision, and how to say so.
-FALLBACK = {"mxfp4": "fp8"}
-FALLBACK_NOTES = {"mxfp4": "no FP4: experts are FP8 E4M3 in blocks"}
+#: What to export where a target lacks a recipe, and how to say so.
+FALLBACK = {"mxfp4": "fp8", "nvfp4": "fp8"}
+FALLBACK_NOTES = dict.fromkeys(FALLBACK, "no FP4: experts are FP8 E4M3 in blocks")
 PACKAGES = ("tensorrt_rtx", "tensorrt")
 
 
@@ -28,7 +29,7 @@ class Target:
         name: ``sm`` and the capability without its dot.
         architecture: NVIDIA's name of the generation.
         devices: names people use for its GPUs, in lower case without separators.
-        precisions: in which of them its matrix products are built.
+        types: of numbers that products are built for, or that are widened ahead of them.
         rtx: whether TensorRT-RTX can name it.
         default: whether TensorRT-RTX builds for it when no target is asked for.
         shared_kib: shared memory that a kernel's block can ask for.
@@ -37,7 +38,7 @@ class Target:
     name: str
     architecture: str
     devices: tuple[str, ...]
-    precisions: tuple[str, ...]
+    types: tuple[str, ...]
     rtx: bool
     default: bool
     shared_kib: int
@@ -47,9 +48,14 @@ class Target:
         """The package that builds for it."""
         return PACKAGES[0] if self.rtx else PACKAGES[1]
 
+    def has(self, precision: Precision, plugins: bool = False) -> bool:
+        """Whether it has all types of a recipe; with plugins, but for those that only kernels read."""
+        return {*precision.types(plugins)} <= {*self.types}
 
-# TensorRT-RTX has no float32 matrix product for Turing: "FP32 GEMM is not supported".
-_FP16, _TO_BF16, _TO_FP8, _TO_FP4 = ("fp16",), PRECISIONS[:3], PRECISIONS[:4], PRECISIONS
+
+# TensorRT-RTX has no float32 matrix product for Turing ("FP32 GEMM is not supported"), which every recipe needs.
+_FP16, _TO_BF16 = ("fp16", "int8"), ("fp32", "fp16", "bf16", "int8", "int4")
+_TO_FP8, _TO_FP4 = (*_TO_BF16, "fp8"), (*_TO_BF16, "fp8", "fp4")
 _ADA = ("rtx4090", "rtx4080", "rtx4070", "rtx4060", "l4", "l40", "l40s", "rtx6000ada")
 
 TARGETS = (
@@ -93,19 +99,21 @@ def find_target(name: str) -> Target:
 
 
 def support_rows() -> list[tuple[str, ...]]:
-    """The table, header first: what the errors, the documentation and ``doctor`` print."""
+    """The table, header first: what the errors, the documentation and ``doctor`` print.
+
+    ``plugins`` marks recipes that a target has with kernels alone.
+    """
     rows: list[tuple[str, ...]] = [("target", "architecture", "built by", *PRECISIONS, "devices")]
     for target in TARGETS:
-        marks = tuple("yes" if precision in target.precisions else "-" for precision in PRECISIONS)
+        marks = tuple(_mark(target, precision) for precision in PRECISIONS.values())
         rows.append((target.name, target.architecture, target.package, *marks, ", ".join(target.devices)))
     return rows
 
 
-def support_markdown() -> str:
-    """``support_rows`` as a Markdown table."""
-    header, *rows = support_rows()
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _mark(target: Target, precision: Precision) -> str:
+    if target.has(precision):
+        return "yes"
+    return "plugins" if target.has(precision, plugins=True) else "-"
 
 
 def buildable(backend: str, present: Sequence[str] = ()) -> tuple[Target, ...]:
@@ -116,48 +124,51 @@ def buildable(backend: str, present: Sequence[str] = ()) -> tuple[Target, ...]:
 
 
 def resolve_targets(
-    names: Sequence[str] | None, precision: str, backend: str, present: Sequence[str] = ()
+    names: Sequence[str] | None,
+    precision: Precision,
+    backend: str,
+    present: Sequence[str] = (),
+    plugins: bool = False,
 ) -> tuple[Target, ...]:
     """The targets to build for, in the table's order, each once.
 
     Args:
         names: capabilities or devices; None or empty: all that the backend builds for by default and that have
             ``precision``.
-        precision: one of ``PRECISIONS``.
+        precision: the recipe.
         backend: ``tensorrt_rtx`` or ``tensorrt``.
         present: capabilities of the GPUs in this machine, which are the only ones ``tensorrt`` builds for.
+        plugins: whether kernels get in, which read some types where the hardware has them not.
 
     Raises:
-        BadInput: an unknown name or precision, or a target without the precision.
+        BadInput: an unknown name, or a target without the recipe's types.
         NotSupported: a target this backend cannot build for here.
     """
-    if precision not in PRECISIONS:
-        raise BadInput(
-            f"No precision is called {precision!r}", f"known: {', '.join(PRECISIONS)}", "Choose one of them."
-        )
     can = buildable(backend, present)
     if not names:
-        chosen = tuple(t for t in can if precision in t.precisions and (t.default or backend == "tensorrt"))
+        chosen = tuple(t for t in can if t.has(precision, plugins) and (t.default or backend == "tensorrt"))
         if not chosen:
             raise NotSupported(
-                f"{backend} can build for no target with {precision} on this machine",
+                f"{backend} can build for no target with {precision.name} on this machine",
                 f"targets it can build for: {_list(can)}",
                 _working(precision),
             )
         return chosen
     wanted = {find_target(name) for name in names}
     for target in (t for t in TARGETS if t in wanted):
-        if precision not in target.precisions:
-            raise _without_precision(target, precision)
+        if not target.has(precision, plugins):
+            raise _without(target, precision, plugins)
         if target not in can:
             raise _not_buildable(target, backend, can)
     return tuple(target for target in TARGETS if target in wanted)
 
 
-def _without_precision(target: Target, precision: str) -> V4Error:
+def _without(target: Target, precision: Precision, plugins: bool) -> V4Error:
+    needed = precision.types(plugins)
     return BadInput(
-        f"{target.name} ({target.architecture}: {', '.join(target.devices[:3])}) has no {precision}",
-        f"target: {target.name}   precision asked for: {precision}   it has: {', '.join(target.precisions)}",
+        f"{target.name} ({target.architecture}: {', '.join(target.devices[:3])}) has no {precision.name}",
+        f"target: {target.name}   --precision {precision.name} needs: {', '.join(needed)}   "
+        f"it has: {', '.join(target.types)}",
         _working(precision, target),
     )
 
@@ -174,30 +185,33 @@ def _not_buildable(target: Target, backend: str, can: tuple[Target, ...]) -> V4E
     )
 
 
-def fallback(names: Sequence[str], precision: str) -> tuple[str, str | None]:
+def fallback(names: Sequence[str], precision: str, plugins: bool = False) -> tuple[str, str | None]:
     """The precision to export for all of these targets, and what to tell the user where it is another than asked for.
 
     A precision that no fallback helps is returned as it is; ``resolve_targets`` says what is wrong with it.
     """
-    wanted = [target for target in TARGETS if target in {find_target(name) for name in names}]
-    lacking = [target.name for target in wanted if precision not in target.precisions]
-    instead = FALLBACK.get(precision)
-    if not lacking or instead is None or any(instead not in target.precisions for target in wanted):
+    recipe = precision.partition(":")[0]
+    if recipe not in FALLBACK:
         return precision, None
-    return instead, f"{' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} {FALLBACK_NOTES[precision]}"
+    wanted = [target for target in TARGETS if target in {find_target(name) for name in names}]
+    asked, instead = PRECISIONS[recipe], PRECISIONS[FALLBACK[recipe]]
+    lacking = [target.name for target in wanted if not target.has(asked, plugins)]
+    if not lacking or any(not target.has(instead, plugins) for target in wanted):
+        return precision, None
+    return instead.name, f"{' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} {FALLBACK_NOTES[recipe]}"
 
 
-def _working(precision: str, target: Target | None = None) -> str:
+def _working(precision: Precision, target: Target | None = None) -> str:
     by = "; ".join(
-        f"{package}: {_list(tuple(t for t in TARGETS if t.package == package and precision in t.precisions))}"
+        f"{package}: {_list(tuple(t for t in TARGETS if t.package == package and t.has(precision)))}"
         for package in PACKAGES
     )
-    return f"Targets with {precision} ({by}), or another --precision{_instead(precision, target)}."
+    return f"Targets with {precision.name} ({by}), or another --precision{_instead(precision, target)}."
 
 
-def _instead(precision: str, target: Target | None) -> str:
-    other = FALLBACK.get(precision)
-    return f", such as {other}" if other and target and other in target.precisions else ""
+def _instead(precision: Precision, target: Target | None) -> str:
+    other = FALLBACK.get(precision.name.partition(":")[0])
+    return f", such as {other}" if other and target and target.has(PRECISIONS[other]) else ""
 
 
 def _list(targets: tuple[Target, ...]) -> str:

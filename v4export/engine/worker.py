@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import re
-import signal
 import sys
 import time
 import traceback
@@ -20,76 +19,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from v4export.children import end_with_parent
 from v4export.engine.evidence import (
+    QUANTIZED,
+    WORDS,
     NetworkFacts,
+    Proof,
     prove_loads,
     prove_network,
     prove_plan,
     prove_plugins,
+    prove_sums,
     read_network,
     read_plan,
     read_weights,
 )
+from v4export.engine.log import NOISE, Failed, Log, make_logger
+from v4export.engine.refit import refitted
 from v4export.progress import peak_memory_mib
 
-#: A message that means the engine would compute something else than the graph says.
-DROPPED = re.compile(r"Unused Input|input.* (?:dropped|ignored)", re.IGNORECASE)
 WRONG_TARGET = re.compile(r"Cannot compile for target\(s\) (?P<targets>sm\d+(?:, sm\d+)*), because (?P<why>[^.]*)")
-#: Failures to reach a GPU follow any other error on a machine without one, and say nothing of its cause.
-NOISE = re.compile(r"catchCudaError|^--- (Begin|End) node ---")
-_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
-_WEIGHTS = re.compile(r"Total Weights Memory: (\d+)")
-_PR_SET_PDEATHSIG = 1
-
-
-class Failed(Exception):
-    """A failure with the ``kind`` the parent explains, and its details."""
-
-    def __init__(self, kind: str, **details: Any) -> None:
-        super().__init__(kind)
-        self.kind, self.details = kind, details
-
-
-class Log:
-    """What TensorRT said: every line printed, the bad ones kept."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-        self.errors: list[str] = []
-        self.activation_bytes = 0
-        self.weight_bytes = 0
-
-    def add(self, level: str, message: str) -> None:
-        """Takes one message; level is TensorRT's own name of it."""
-        if level == "VERBOSE":
-            return
-        print(f"{level}: {message}", flush=True)
-        if level == "WARNING":
-            self.warnings.append(message)
-        elif level != "INFO" and not NOISE.search(message):
-            self.errors.append(message)
-        elif found := _ACTIVATIONS.search(message):
-            self.activation_bytes = max(self.activation_bytes, int(found[1]))
-        elif found := _WEIGHTS.search(message):
-            self.weight_bytes = max(self.weight_bytes, int(found[1]))
-
-    def check_dropped(self) -> None:
-        """Raises if a warning says that part of the graph was left out."""
-        if dropped := [message for message in self.warnings if DROPPED.search(message)]:
-            raise Failed("dropped", messages=dropped)
-
-
-def make_logger(trt: Any, log: Log) -> Any:
-    """TensorRT's logger interface over ``log``."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            log.add(str(severity).rpartition(".")[2], message)
-
-    return Logger()
 
 
 def parse(trt: Any, logger: Any, path: str, log: Log) -> tuple[Any, Any]:
@@ -136,6 +85,8 @@ def configure(trt: Any, builder: Any, request: dict[str, Any]) -> Any:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
     # What a graph computes in float32 (routing, hyper-connections, pooling) is meant to be, at any precision.
     config.clear_flag(trt.BuilderFlag.TF32)
+    for flag in request["flags"]:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
     if request["names_capabilities"]:
         config.num_compute_capabilities = len(request["targets"])
         for index, target in enumerate(request["targets"]):
@@ -189,19 +140,29 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
     trt = importlib.import_module(request["backend"])
     log, engine = Log(), Path(request["engine"])
-    precision, partial = request["precision"], Path(request["partial"])
+    stored, partial = [*request["stored"]], Path(request["partial"])
     logger = make_logger(trt, log)
     launches, kept = register_plugins(trt, request)
     builder, network = parse(trt, logger, request["onnx"], log)
     facts: NetworkFacts = read_network(network)
-    proofs = [prove_network(precision, facts), *prove_plugins(launches, facts)]
+    weights = read_weights(Path(request["onnx"]), [*stored, WORDS])
+    proofs = [*prove_network(stored, weights, facts, request["inputs"]), *prove_plugins(launches, facts)]
+    proofs += prove_sums(Path(request["onnx"]), facts)
     if not all(proof.holds for proof in proofs):
         raise Failed("precision", stage="graph", proofs=[asdict(proof) for proof in proofs])
-    weights = read_weights(Path(request["onnx"]), precision)
-    sha256 = write_plan(trt, builder, network, configure(trt, builder, request), partial, log)
+    if launches and stored[0] in QUANTIZED:
+        stored.append(WORDS)
+    if request["refit_from"]:
+        sha256 = refitted(trt, logger, Path(request["refit_from"]), request["onnx"], partial, log)
+    else:
+        config = configure(trt, builder, request)
+        for flag in request["flags"]:
+            is_on = config.get_flag(getattr(trt.BuilderFlag, flag))
+            proofs.append(Proof(f"it was built with {flag}", f"the builder's flag is {is_on}", is_on))
+        sha256 = write_plan(trt, builder, network, config, partial, log)
     log.check_dropped()
     plan = read_plan(partial)
-    proofs += prove_plan(partial, plan, precision, weights, request["targets"], request["names_capabilities"])
+    proofs += prove_plan(partial, plan, stored, weights, request["targets"], request["names_capabilities"])
     if request["inspect"]:
         proofs.append(prove_loads(trt, partial))
     if not all(proof.holds for proof in proofs):
@@ -224,17 +185,9 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _die_with_parent() -> None:
-    """On Linux, ends this process when the one that started it is killed."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main(request_path: str, result_path: str) -> None:
     """Runs one request and writes its result; any failure is a result too."""
-    _die_with_parent()
+    end_with_parent()
     request = json.loads(Path(request_path).read_text())
     try:
         result = build(request)

@@ -10,17 +10,20 @@ import torch
 from torch import nn
 
 from v4export.config import CSA, FULL, HCA, REINDEX, REUSE, WINDOW, ModelConfig
+from v4export.config.sharding import Sharding
 from v4export.model.attended import Attended
 from v4export.model.engram import EngramMemory
-from v4export.model.linear import IN_FLOAT32, Linear, Storage, parameter
+from v4export.model.linear import Linear, parameter
 from v4export.model.mla import LatentAttention
 from v4export.model.moe import MixtureOfExperts, SwiGLU
 from v4export.model.norm import RMSNorm
 from v4export.model.residual import HyperConnection, HyperHead, Residual, collapse, first_shares
 from v4export.model.rope import angles, entry_rotation, rotations, token_rotation
+from v4export.model.rows import IN_PLACE_OF, read
 from v4export.model.shared_entries import HELD, NEW, SharedEntryAttention
 from v4export.model.window import EntryAttention, WindowAttention
-from v4export.state_contract import state_tensors
+from v4export.plugins.all_reduce.op import all_reduce
+from v4export.state_contract import kept_as, state_tensors
 
 #: How the names of a layer's state tensors among what its block reads begin.
 STATE = "state."
@@ -54,10 +57,10 @@ class BlockOutput(NamedTuple):
 class Embed(nn.Module):
     """Token ids to hidden states, and the rotations that blocks share."""
 
-    def __init__(self, config: ModelConfig, storage: Storage = IN_FLOAT32):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
-        table = parameter(config.vocab_size, config.hidden_size, dtype=storage.dtype)
+        table = parameter(config.vocab_size, config.hidden_size, dtype=dtype)
         self.embed_tokens = nn.ParameterDict({"weight": table})
 
     def forward(self, ids_BS: torch.Tensor, position_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -86,11 +89,8 @@ def embed_returns(config: ModelConfig) -> list[str]:
     return ["hidden", *turned, *(["pre"] if config.hyper and config.hyper.single_pass else [])]
 
 
-# kind of attention -> what it reads of layers before it
-_READS_OF_OTHERS = {
-    REINDEX: [f"{when}{name}" for name in ("entry", "index_key") for when in (HELD, NEW)],
-    REUSE: [f"{HELD}entry", f"{NEW}entry", "selected"],
-}
+# kind of attention -> rows of layers before it that it reads
+_READS_OF_OTHERS = {REINDEX: ("entry", "index_key"), REUSE: ("entry",)}
 
 
 def block_reads(config: ModelConfig, layer: int) -> list[str]:
@@ -103,7 +103,8 @@ def block_reads(config: ModelConfig, layer: int) -> list[str]:
         *(["engram"] if config.has_engram(layer) else []),
         *(["pre"] if config.hyper and config.hyper.single_pass else []),
         *(["decoder_start"] if config.is_decoder(layer) else []),
-        *_READS_OF_OTHERS.get(kind, []),
+        *(f"{when}{name}" for name in kept_as(config, *_READS_OF_OTHERS.get(kind, ())) for when in (HELD, NEW)),
+        *(["selected"] if kind == REUSE else []),
         *(["candidates"] if c and c.shared and c.shared.among_candidates(layer) else []),
     ]
     return ["position", *names, *(f"{part}.{name}" for name in sorted(turned) for part in ("cos", "sin"))]
@@ -127,7 +128,7 @@ def block_shares(config: ModelConfig, layer: int) -> dict[str, str]:
     own = [name for name in block_returns(config, layer) if name in ("hidden", "pre", "selected", "candidates")]
     shares = {name: name for name in own}
     if config.compressed and config.compressed.layers[layer] == FULL:
-        for name in ("entry", "index_key"):
+        for name in kept_as(config, "entry", "index_key"):
             shares |= {HELD + name: STATE + name, NEW + name: name}
     return shares
 
@@ -135,10 +136,12 @@ def block_shares(config: ModelConfig, layer: int) -> dict[str, str]:
 class Block(nn.Module):
     """Engram where there is any; norm, attention, residual; norm, feed-forward, residual.
 
+    Of a model shared among ranks, what each adds is summed before it meets the residual stream, which all of them hold.
+
     Args:
         config: the model.
         layer: index of the layer, which decides its kind.
-        storage: how weights are held.
+        dtype: of activations and weights.
         absorbed: form of latent attention.
         experts: how many experts to hold; fewer than the router knows is enough to trace.
     """
@@ -147,32 +150,33 @@ class Block(nn.Module):
         self,
         config: ModelConfig,
         layer: int,
-        storage: Storage = IN_FLOAT32,
+        dtype: torch.dtype = torch.float32,
         absorbed: bool = True,
         experts: int | None = None,
     ):
         super().__init__()
-        c, dtype = config, storage.dtype
-        self.engram = EngramMemory(c, layer, storage) if c.has_engram(layer) else None
+        c = config
+        self.engram = EngramMemory(c, layer, dtype) if c.has_engram(layer) else None
         self.attn_hc = HyperConnection(c) if c.hyper else Residual()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        self.self_attn = self._attention(c, layer, storage, absorbed)
+        self.self_attn = self._attention(c, layer, dtype, absorbed)
         self.ffn_hc = HyperConnection(c) if c.hyper else Residual()
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        self.sharding = c.sharding or Sharding()
         self.routed = c.is_moe(layer)
         self.mlp: nn.Module = (
-            MixtureOfExperts(c, storage, c.num_experts if experts is None else experts, layer in c.hash_layers)
+            MixtureOfExperts(c, dtype, c.num_experts if experts is None else experts, layer in c.hash_layers)
             if self.routed
-            else SwiGLU(c.hidden_size, c.intermediate_size, storage, c.swiglu_limit)
+            else SwiGLU(c.hidden_size, c.intermediate_size, dtype, c.swiglu_limit)
         )
 
     @staticmethod
-    def _attention(config: ModelConfig, layer: int, storage: Storage, absorbed: bool) -> nn.Module:
+    def _attention(config: ModelConfig, layer: int, dtype: torch.dtype, absorbed: bool) -> nn.Module:
         c = config.compressed
         if c is None:
-            return LatentAttention(config, storage, absorbed)
+            return LatentAttention(config, dtype, absorbed)
         kinds = {WINDOW: WindowAttention, CSA: EntryAttention, HCA: EntryAttention}
-        return kinds.get(c.layers[layer], SharedEntryAttention)(config, layer, storage)
+        return kinds.get(c.layers[layer], SharedEntryAttention)(config, layer, dtype)
 
     def forward(
         self,
@@ -181,21 +185,32 @@ class Block(nn.Module):
         state: Mapping[str, torch.Tensor],
         chosen_MK: torch.Tensor | None = None,
         selected_MK: torch.Tensor | None = None,
+        rows: Mapping[str, torch.Tensor] | None = None,
     ) -> BlockOutput:
-        """One step of one block; ``chosen_MK`` overrules the router, ``selected_MK`` the indexer."""
+        """One step of one block; ``chosen_MK`` overrules the router, ``selected_MK`` the indexer.
+
+        Attention reads ``rows`` in place of new ones of their names, which are returned all the same.
+        """
+        shared, state = read(shared, x.dtype), read(state, x.dtype)
+        shared |= {IN_PLACE_OF + name: given for name, given in (rows or {}).items()}
         x, remembered = self.remember(x, shared, state)
         entered = self.attn_hc.enter(x, shared.get("pre"))
         attended: Attended = self.self_attn(self.input_layernorm(entered.z_MD), shared, state, selected_MK)
-        x = self.attn_hc.leave(x, attended.output, *entered.passing)
+        added_MD = attended.output
+        if self.sharding.tp > 1:
+            added_MD = all_reduce(added_MD, self.sharding.width)
+        x = self.attn_hc.leave(x, added_MD, *entered.passing)
         entered = self.ffn_hc.enter(x, entered.pre_MX)
         normed, idx_MK = self.post_attention_layernorm(entered.z_MD), None
         if self.routed:
             y_MD, idx_MK = self.mlp(normed, shared.get("input_ids"), chosen_MK)
         else:
             y_MD = self.mlp(normed)
+        if self.sharding.width > 1:
+            y_MD = all_reduce(y_MD, self.sharding.width)
         hidden = self.ffn_hc.leave(x, y_MD, *entered.passing)
-        rows = attended.rows | remembered
-        return BlockOutput(hidden, rows, idx_MK, attended.selected, attended.candidates, entered.pre_MX)
+        kept = attended.rows | remembered
+        return BlockOutput(hidden, kept, idx_MK, attended.selected, attended.candidates, entered.pre_MX)
 
     def remember(
         self, x: torch.Tensor, shared: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
@@ -212,19 +227,20 @@ class Block(nn.Module):
         assert isinstance(self.self_attn, SharedEntryAttention)
         x, remembered = self.remember(x, shared, state)
         z_MD = self.attn_hc.enter(x, shared.get("pre")).z_MD
-        return self.self_attn.made(self.input_layernorm(z_MD), shared, state) | remembered
+        kept, _ = self.self_attn.made(self.input_layernorm(z_MD), shared, state)
+        return kept | remembered
 
 
 class Head(nn.Module):
     """Final norm and logits of the wanted positions."""
 
-    def __init__(self, config: ModelConfig, storage: Storage = IN_FLOAT32):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         if config.hyper and not config.hyper.single_pass:
             self.hc_head = HyperHead(config, config.hyper)
         self.config, self.hidden_shape = config, config.hidden_shape
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, storage.dtype)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, storage, plain=True)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
 
     def forward(
         self, hidden: torch.Tensor, logits_at_BQ: torch.Tensor, pre_MX: torch.Tensor | None = None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from v4export.config import ModelConfig
-from v4export.model.linear import Linear, Storage, parameter
+from v4export.model.linear import Linear, parameter
 from v4export.model.norm import RMSNorm
 from v4export.model.rope import rotate_last
 from v4export.plugins.compress_tokens.op import compress_tokens
@@ -22,16 +22,16 @@ class Compressor(nn.Module):
         width: of an entry.
         ratio: tokens of an entry.
         halves: 2 where an entry is also pooled from the tokens before its own, by projections of their own; else 1.
-        storage: how weights are held.
+        dtype: of activations and weights.
     """
 
-    def __init__(self, config: ModelConfig, width: int, ratio: int, halves: int, storage: Storage):
+    def __init__(self, config: ModelConfig, width: int, ratio: int, halves: int, dtype: torch.dtype):
         super().__init__()
-        self.width, self.ratio, self.halves, self.dtype = width, ratio, halves, storage.dtype
-        self.kv_proj = Linear(config.hidden_size, halves * width, storage, plain=True)
-        self.gate_proj = Linear(config.hidden_size, halves * width, storage, plain=True)
+        self.width, self.ratio, self.halves, self.dtype = width, ratio, halves, dtype
+        self.kv_proj = Linear(config.hidden_size, halves * width, dtype)
+        self.gate_proj = Linear(config.hidden_size, halves * width, dtype)
         self.position_bias = parameter(ratio, halves * width)
-        self.kv_norm = RMSNorm(width, config.rms_norm_eps, storage.dtype)
+        self.kv_norm = RMSNorm(width, config.rms_norm_eps, dtype)
         #: What selects among the entries, where not all are attended to.
         self.indexer: nn.Module | None = None
 

@@ -7,11 +7,12 @@ value for all: DeepSeek-V4.1 has no convolution, the paper's form adds one.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from v4export.config import ModelConfig
 from v4export.config.hashes import layouts
-from v4export.model.linear import Linear, Storage, parameter
+from v4export.model.linear import Linear, parameter
 from v4export.plugins.engram_conv.op import engram_conv
 from v4export.plugins.engram_gating.op import engram_gating
 
@@ -22,9 +23,9 @@ CONV_NORM_EPS = 1e-5
 class Table(nn.Module):
     """A table that is part of the network."""
 
-    def __init__(self, rows: int, width: int, storage: Storage):
+    def __init__(self, rows: int, width: int, dtype: torch.dtype):
         super().__init__()
-        self.weight = parameter(rows, width, dtype=storage.dtype)
+        self.weight = parameter(rows, width, dtype=dtype)
 
     def forward(self, rows_BSK: Tensor) -> Tensor:
         """[B, S, K] numbers of rows -> [B, S, K * width]."""
@@ -34,12 +35,12 @@ class Table(nn.Module):
 class Convolution(nn.Module):
     """A depthwise causal convolution of what the gates let through, each stream normed by itself."""
 
-    def __init__(self, config: ModelConfig, streams: int, storage: Storage):
+    def __init__(self, config: ModelConfig, streams: int, dtype: torch.dtype):
         super().__init__()
         assert config.engram is not None
         self.dilation = config.engram.dilation
-        self.weight = parameter(streams * config.hidden_size, config.engram.kernel, dtype=storage.dtype)
-        self.norm = parameter(streams, config.hidden_size, dtype=storage.dtype)
+        self.weight = parameter(streams * config.hidden_size, config.engram.kernel, dtype=dtype)
+        self.norm = parameter(streams, config.hidden_size, dtype=dtype)
 
     def forward(self, u_MXD: Tensor, ring_BRP: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
         """What is added to u, [M, X, D]; and the rows of the new tokens [B, S, X*D], which later ones need."""
@@ -51,17 +52,17 @@ class Convolution(nn.Module):
 class EngramMemory(nn.Module):
     """What a layer's look-up adds to its hidden states."""
 
-    def __init__(self, config: ModelConfig, layer: int, storage: Storage):
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
         super().__init__()
         e = config.engram
         assert e is not None
         self.streams = config.hyper.streams if config.hyper else 1
         self.width, self.eps = config.hidden_size, config.rms_norm_eps
-        self.embed = Table(layouts(e)[layer].rows, e.width, storage) if e.inside else None
-        self.wkv = Linear(e.row_dim, (self.streams + 1) * config.hidden_size, storage)
-        self.q_weight = parameter(self.streams, config.hidden_size, dtype=storage.dtype)
-        self.k_weight = parameter(self.streams, config.hidden_size, dtype=storage.dtype)
-        self.conv = Convolution(config, self.streams, storage) if e.kernel else None
+        self.embed = Table(layouts(e)[layer].rows, e.width, dtype) if e.inside else None
+        self.wkv = Linear(e.row_dim, (self.streams + 1) * config.hidden_size, dtype)
+        self.q_weight = parameter(self.streams, config.hidden_size, dtype=dtype)
+        self.k_weight = parameter(self.streams, config.hidden_size, dtype=dtype)
+        self.conv = Convolution(config, self.streams, dtype) if e.kernel else None
 
     def forward(
         self, x: Tensor, found_BSP: Tensor, position_B: Tensor, ring_BRP: Tensor | None = None

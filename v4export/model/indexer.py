@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from v4export.config import ModelConfig
 from v4export.model.compressor import Compressor
-from v4export.model.linear import Linear, Storage
+from v4export.model.linear import Linear
 from v4export.model.norm import LayerNorm
 from v4export.model.rope import entry_rotation, rotate_first, rotate_last, rotation
+from v4export.model.rows import keep
 from v4export.plugins.index_select.op import index_select
 
 #: DeepSeek's own modelling code gives the key's norm this eps whatever ``rms_norm_eps`` says.
@@ -25,20 +27,20 @@ KEY_NORM_EPS = 1e-6
 class TokenIndexer(nn.Module):
     """DeepSeek-V3.2's: one key a token, rotated on its first channels in half-split layout."""
 
-    def __init__(self, config: ModelConfig, storage: Storage):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         index = config.indexer
         assert index is not None and config.q_lora_rank is not None
-        self.index = index
-        self.wq_b = Linear(config.q_lora_rank, index.num_heads * index.head_dim, storage)
-        self.wk = Linear(config.hidden_size, index.head_dim, storage)
-        self.k_norm = LayerNorm(index.head_dim, KEY_NORM_EPS, storage.dtype)
-        self.weights_proj = Linear(config.hidden_size, index.num_heads, storage, plain=True)
+        self.config, self.index = config, index
+        self.wq_b = Linear(config.q_lora_rank, index.num_heads * index.head_dim, dtype)
+        self.wk = Linear(config.hidden_size, index.head_dim, dtype)
+        self.k_norm = LayerNorm(index.head_dim, KEY_NORM_EPS, dtype)
+        self.weights_proj = Linear(config.hidden_size, index.num_heads, dtype)
 
     def forward(
         self, x_MD: Tensor, low_MQ: Tensor, shared: Mapping[str, Tensor], cache_BTI: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """New keys [B, S, I] and the selected tokens int64 [M, K], -1 where fewer can be seen.
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What is kept of new keys [B, S, I], and the selected tokens int64 [M, K], -1 where fewer can be seen.
 
         Args:
             x_MD: normed hidden states.
@@ -50,30 +52,30 @@ class TokenIndexer(nn.Module):
         cos, sin = rotation(shared, "main")
         q_MHI = rotate_first(self.wq_b(low_MQ).reshape(-1, index.num_heads, index.head_dim), cos, sin)
         k_MI = rotate_first(self.k_norm(self.wk(x_MD)).unsqueeze(1), cos, sin).squeeze(1)
-        new_BSI = k_MI.reshape(position_B.shape[0], -1, index.head_dim)
+        keys = keep(self.config, "index_key", k_MI.reshape(position_B.shape[0], -1, index.head_dim), shared)
         weights_MH = self.weights_proj(x_MD).float()
         scale = (index.num_heads * index.head_dim) ** -0.5
-        return new_BSI, index_select(q_MHI, weights_MH, new_BSI, cache_BTI, position_B, index.top_k, 1, scale)
+        return keys.tensors, index_select(q_MHI, weights_MH, keys.read, cache_BTI, position_B, index.top_k, 1, scale)
 
 
 class Scorer(nn.Module):
     """The weight of each index head, named as the Hub names it."""
 
-    def __init__(self, config: ModelConfig, heads: int, storage: Storage):
+    def __init__(self, config: ModelConfig, heads: int, dtype: torch.dtype):
         super().__init__()
-        self.weights_proj = Linear(config.hidden_size, heads, storage, plain=True)
+        self.weights_proj = Linear(config.hidden_size, heads, dtype)
 
 
 class EntryIndexer(Compressor):
     """DeepSeek-V4's: keys are compressed as entries are, and rotated on their last channels as entries are."""
 
-    def __init__(self, config: ModelConfig, ratio: int, storage: Storage):
+    def __init__(self, config: ModelConfig, ratio: int, dtype: torch.dtype):
         index = config.indexer
         assert index is not None and config.q_lora_rank is not None
-        super().__init__(config, index.head_dim, ratio, 2, storage)
-        self.index = index
-        self.q_b_proj = Linear(config.q_lora_rank, index.num_heads * index.head_dim, storage)
-        self.scorer = Scorer(config, index.num_heads, storage)
+        super().__init__(config, index.head_dim, ratio, 2, dtype)
+        self.config, self.index = config, index
+        self.q_b_proj = Linear(config.q_lora_rank, index.num_heads * index.head_dim, dtype)
+        self.scorer = Scorer(config, index.num_heads, dtype)
 
     def forward(
         self,
@@ -82,8 +84,8 @@ class EntryIndexer(Compressor):
         shared: Mapping[str, Tensor],
         cache_BCI: Tensor,
         ring_BRP: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """New keys [B, U, I], new rows of unfinished ones [B, S, P], the selected entries int64 [M, K] or -1.
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What is kept of new keys [B, U, I] and of unfinished ones [B, S, P]; the selected entries int64 [M, K] or -1.
 
         Args:
             x_MD: normed hidden states.
@@ -95,9 +97,10 @@ class EntryIndexer(Compressor):
         index, position_B = self.index, shared["position"]
         rows_BSP = self.rows(x_MD, position_B.shape[0])
         new_BUI = self.entries(rows_BSP, ring_BRP, position_B, *rotation(shared, entry_rotation(self.ratio)))
+        keys = keep(self.config, "index_key", new_BUI, shared)
         q_MHI = self.q_b_proj(low_MQ).reshape(-1, index.num_heads, index.head_dim)
         q_MHI = rotate_last(q_MHI, *rotation(shared, "compressed"))
         weights_MH = self.scorer.weights_proj(x_MD).float()
         scale = (index.num_heads * index.head_dim) ** -0.5
-        selected_MK = index_select(q_MHI, weights_MH, new_BUI, cache_BCI, position_B, index.top_k, self.ratio, scale)
-        return new_BUI, rows_BSP, selected_MK
+        selected_MK = index_select(q_MHI, weights_MH, keys.read, cache_BCI, position_B, index.top_k, self.ratio, scale)
+        return keys.tensors | {"index_open": rows_BSP}, selected_MK

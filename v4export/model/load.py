@@ -22,7 +22,7 @@ def hub_name(name: str, config: ModelConfig, layer: int | None = None) -> str | 
         config: decides whether the head is tied to the embedding, and whether the router has a correction bias.
         layer: index of a block.
     """
-    if name == "lm_head.weight":
+    if name.startswith("lm_head."):
         return "model.embed_tokens.weight" if config.tie_word_embeddings else name
     if name == "mlp.gate.e_score_correction_bias" and config.topk_method != "noaux_tc":
         return None

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from v4export.config import ModelConfig
 from v4export.model.attended import Attended
 from v4export.model.indexer import TokenIndexer
-from v4export.model.linear import Linear, Storage
+from v4export.model.linear import Linear
 from v4export.model.norm import RMSNorm
 from v4export.model.rope import rotate, rotation
+from v4export.model.rows import keep
 from v4export.plugins.latent_attention.op import latent_attention
 from v4export.plugins.sparse_latent_attention.op import sparse_latent_attention
 
@@ -47,21 +48,21 @@ class LatentAttention(nn.Module):
     With an indexer (DeepSeek-V3.2), a query attends to the tokens it selects.
     """
 
-    def __init__(self, config: ModelConfig, storage: Storage, absorbed: bool = True):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, absorbed: bool = True):
         super().__init__()
         c, self.config, self.absorbed = config, config, absorbed
         q_dim, bias = c.num_heads * c.qk_head_dim, c.attention_bias
         if c.q_lora_rank is None:
-            self.q_proj = Linear(c.hidden_size, q_dim, storage)
+            self.q_proj = Linear(c.hidden_size, q_dim, dtype)
         else:
-            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, storage, bias=bias)
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_NORM_EPS, storage.dtype)
-            self.q_b_proj = Linear(c.q_lora_rank, q_dim, storage)
-        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.latent_dim, storage, bias=bias)
-        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS, storage.dtype)
-        self.kv_b_proj = Linear(c.kv_lora_rank, c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), storage)
-        self.indexer = TokenIndexer(config, storage) if c.indexer else None
-        self.o_proj = Linear(c.num_heads * c.v_head_dim, c.hidden_size, storage, bias=bias)
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, dtype, bias=bias)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_NORM_EPS, dtype)
+            self.q_b_proj = Linear(c.q_lora_rank, q_dim, dtype)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.latent_dim, dtype, bias=bias)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS, dtype)
+        self.kv_b_proj = Linear(c.kv_lora_rank, c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), dtype)
+        self.indexer = TokenIndexer(config, dtype) if c.indexer else None
+        self.o_proj = Linear(c.num_heads * c.v_head_dim, c.hidden_size, dtype, bias=bias)
 
     def forward(
         self,
@@ -80,9 +81,10 @@ class LatentAttention(nn.Module):
         """
         position_B, parts = shared["position"], self.project(x_MD, *rotation(shared, "main"))
         new_BSW = parts.row_MW.reshape(position_B.shape[0], -1, self.config.latent_dim)
-        rows = {"latent": new_BSW}
+        rows, new_BSW = keep(self.config, "latent", new_BSW, shared)
         if self.indexer:
-            rows["index_key"], own_MK = self.indexer(x_MD, parts.low, shared, state["index_key"])
+            keys, own_MK = self.indexer(x_MD, parts.low, shared, state["index_key"])
+            rows = rows | keys
             selected_MK = own_MK if selected_MK is None else selected_MK
         attend = self._absorbed if self.absorbed else self._naive
         out_MHV = attend(parts, new_BSW, state["latent"], position_B, selected_MK)
@@ -118,7 +120,11 @@ class LatentAttention(nn.Module):
         return self.o_proj(out_MHV.reshape(-1, self.config.num_heads * self.config.v_head_dim))
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
-        """Per head, from latent to key [H, N, L] and to value [H, V, L]."""
+        """Per head, from latent to key [H, N, L] and to value [H, V, L].
+
+        What these multiply is not rounded where linear layers round their inputs: absorbed, it is queries and mixes of
+        latents, and naive attention gives the same numbers as absorbed.
+        """
         c = self.config
         w = self.kv_b_proj.matrix().reshape(c.num_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
         to_key, to_value = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)

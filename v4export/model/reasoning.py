@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from v4export.config import ModelConfig
 from v4export.model.attended import Attended
 from v4export.model.block import Block, Head
-from v4export.model.linear import IN_FLOAT32, Linear, Storage, parameter
+from v4export.model.linear import Linear, parameter
 from v4export.model.mla import LatentAttention, Projected
 from v4export.model.rope import angles, rotation, rotations
+from v4export.model.rows import keep, read
 from v4export.plugins.thought_attention.op import thought_attention
+from v4export.state_contract import state_tensors
 
 
 class Thought(NamedTuple):
@@ -106,21 +108,20 @@ class ReasoningLayer(Block):
     """A dense block whose attention is a thought's."""
 
     @staticmethod
-    def _attention(config: ModelConfig, layer: int, storage: Storage, absorbed: bool) -> nn.Module:
-        return ThoughtAttention(config, storage, absorbed)
+    def _attention(config: ModelConfig, layer: int, dtype: torch.dtype, absorbed: bool) -> nn.Module:
+        return ThoughtAttention(config, dtype, absorbed)
 
 
 class TalkHead(nn.Sequential):
     """How much of a thought helps, judged from the plain hidden state and the thought's."""
 
-    def __init__(self, width: int, storage: Storage):
-        plain = {"storage": storage, "plain": True}
+    def __init__(self, width: int, dtype: torch.dtype):
         super().__init__(
-            Linear(2 * width, width, bias=True, **plain),  # type: ignore[arg-type]
+            Linear(2 * width, width, dtype, bias=True),
             nn.ReLU(),
-            Linear(width, width, bias=True, **plain),  # type: ignore[arg-type]
+            Linear(width, width, dtype, bias=True),
             nn.ReLU(),
-            Linear(width, 1, **plain),  # type: ignore[arg-type]
+            Linear(width, 1, dtype),
         )
 
     def forward(self, both_MC: Tensor) -> Tensor:
@@ -131,46 +132,47 @@ class TalkHead(nn.Sequential):
 class Reasoning(nn.Module):
     """The weights below ``model.reasoning``."""
 
-    def __init__(self, config: ModelConfig, storage: Storage, absorbed: bool):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, absorbed: bool):
         super().__init__()
         own = config.thinker
-        self.start_embedding = parameter(config.hidden_size, dtype=storage.dtype)
-        self.end_embedding = parameter(config.hidden_size, dtype=storage.dtype)
-        self.layers = nn.ModuleList(ReasoningLayer(own, i, storage, absorbed) for i in range(own.num_layers))
-        self.talk_head = TalkHead(config.hidden_size, storage)
+        self.start_embedding = parameter(config.hidden_size, dtype=dtype)
+        self.end_embedding = parameter(config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(ReasoningLayer(own, i, dtype, absorbed) for i in range(own.num_layers))
+        self.talk_head = TalkHead(config.hidden_size, dtype)
 
 
 class ThinkingHead(Head):
     """The head of a model that can think before it speaks."""
 
-    def __init__(self, config: ModelConfig, storage: Storage = IN_FLOAT32, absorbed: bool = True):
-        super().__init__(config, storage)
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, absorbed: bool = True):
+        super().__init__(config, dtype)
         assert config.reasoning is not None
         self.steps, self.width = config.reasoning.steps, config.thinker.qk_rope_head_dim
         self.rotation = rotations(config.thinker)["main"]
-        table = parameter(config.vocab_size, config.hidden_size, dtype=storage.dtype)
+        table = parameter(config.vocab_size, config.hidden_size, dtype=dtype)
         self.embed_tokens = nn.ParameterDict({"weight": table})
-        self.reasoning = Reasoning(config, storage, absorbed)
+        self.reasoning = Reasoning(config, dtype, absorbed)
 
-    def rows(self, hidden: Tensor, position_B: Tensor, pre_MX: Tensor | None = None) -> list[Tensor]:
-        """What each reasoning layer keeps of a step's tokens, [B, S, W], from the model's last hidden states."""
+    def rows(self, hidden: Tensor, position_B: Tensor, pre_MX: Tensor | None = None) -> list[dict[str, Tensor]]:
+        """What each reasoning layer keeps of a step's tokens, by name, from the model's last hidden states."""
         trunk_MD, B = self.collapsed(hidden, pre_MX), position_B.shape[0]
         turned = angles(self.rotation, self.width, position_B, trunk_MD.shape[0] // B)
         rows = [one.self_attn.rows(one.input_layernorm(trunk_MD), *turned) for one in self._layers()]
-        return [row_MW.reshape(B, -1, row_MW.shape[-1]) for row_MW in rows]
+        return [keep(self.config.thinker, "latent", row_MW.unflatten(0, (B, -1)), {}).tensors for row_MW in rows]
 
-    def think(self, trunk_BQD: Tensor, thought_at_BQ: Tensor, *latents: Tensor, steps: int | None = None) -> Thought:
+    def think(self, trunk_BQD: Tensor, thought_at_BQ: Tensor, *state: Tensor, steps: int | None = None) -> Thought:
         """A whole thought about each of Q positions.
 
         Args:
             trunk_BQD: the model's last hidden states there.
             thought_at_BQ: the positions.
-            latents: of each reasoning layer, rows of the sequence [B, T, W]; those behind a position are ignored.
+            state: of each reasoning layer, its tensors (``v4export/state_contract.py``) in order; rows behind a
+                position are ignored.
             steps: of the thought; the model's own number unless given.
         """
         steps = self.steps if steps is None else steps
         trunk_MD, shape = trunk_BQD.flatten(0, 1), thought_at_BQ.shape
-        z_MD, tokens, hidden = trunk_MD, [], []
+        latents, z_MD, tokens, hidden = self._latents(state, trunk_MD.dtype), trunk_MD, [], []
         own: list[dict[str, Tensor]] = [{} for _ in latents]
         for k in range(1, steps + 1):
             entering: Tensor = self.reasoning.start_embedding if k == 1 else self.reasoning.end_embedding
@@ -191,13 +193,13 @@ class ThinkingHead(Head):
             thought_BQD: what the step before it returned; for the first, the model's last hidden states.
             entering_BQ: the token that enters; V for the start of a thought, and V + 1 for its end.
             thought_at_BQ: the positions.
-            rest: of each reasoning layer, rows of the sequence [B, T, W]; then of each, rows of the thoughts' earlier
+            rest: of each reasoning layer, its tensors as for ``think``; then of each, rows of the thoughts' earlier
                 steps [P, B, Q, W], none at first.
         """
-        count, shape = len(self.reasoning.layers), thought_at_BQ.shape
-        own = [{"own": rows.flatten(1, 2)} for rows in rest[count:]]
+        count, shape = len(rest) - len(self.reasoning.layers), thought_at_BQ.shape
+        latents, own = rest[:count], [{"own": rows.flatten(1, 2)} for rows in rest[count:]]
         x_MD = thought_BQD.flatten(0, 1) + self._entering(entering_BQ.reshape(-1))
-        hidden, own = self._step(x_MD, thought_at_BQ, rest[:count], own)
+        hidden, own = self._step(x_MD, thought_at_BQ, self._latents(latents, x_MD.dtype), own)
         token_BQ = self.token(hidden[-1]).unflatten(0, shape)
         rows = [one["own"].unflatten(1, shape) for one in own]
         return ThoughtStep(hidden[-1].unflatten(0, shape), token_BQ, rows, hidden)
@@ -216,6 +218,12 @@ class ThinkingHead(Head):
     def token(self, z_MD: Tensor) -> Tensor:
         """The token that is thought next, int64 [M]."""
         return self.logits(self.norm(z_MD)).argmax(-1)
+
+    def _latents(self, state: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Of each reasoning layer, rows of the sequence [B, T, W], from all layers' tensors."""
+        given, own = iter(state), self.config.thinker
+        layers = ({t.name: next(given) for t in state_tensors(own, j)} for j in range(own.num_layers))
+        return [read(tensors, dtype)["latent"] for tensors in layers]
 
     def _layers(self) -> Iterator[Any]:
         return iter(self.reasoning.layers)

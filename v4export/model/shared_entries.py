@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from v4export.config import FULL, ModelConfig
 from v4export.model.attended import Attended
 from v4export.model.compressor import projected, rotate_entries
-from v4export.model.linear import Linear, Storage
+from v4export.model.linear import Linear
 from v4export.model.norm import RMSNorm
 from v4export.model.rope import entry_rotation, rotate_last, rotation
+from v4export.model.rows import keep
 from v4export.model.window import WindowAttention
 from v4export.plugins.candidate_select.op import candidate_select
 from v4export.plugins.compress_tokens.op import compress_tokens
@@ -31,13 +33,13 @@ HELD, NEW = "held.", "new."
 class SourceCompressor(nn.Module):
     """Latents of entries: a projection of one token, or of several pooled by a softmax over gates; then normed."""
 
-    def __init__(self, config: ModelConfig, width: int, ratio: int, storage: Storage):
+    def __init__(self, config: ModelConfig, width: int, ratio: int, dtype: torch.dtype):
         super().__init__()
-        self.ratio, self.width, self.dtype = ratio, width, storage.dtype
-        self.kv_proj = Linear(config.hidden_size, width, storage, plain=True)
+        self.ratio, self.width, self.dtype = ratio, width, dtype
+        self.kv_proj = Linear(config.hidden_size, width, dtype)
         if ratio > 1:
-            self.gate_proj = Linear(config.hidden_size, width, storage, plain=True)
-        self.kv_norm = RMSNorm(width, config.rms_norm_eps, storage.dtype)
+            self.gate_proj = Linear(config.hidden_size, width, dtype)
+        self.kv_norm = RMSNorm(width, config.rms_norm_eps, dtype)
 
     def forward(
         self, x_MD: Tensor, position_B: Tensor, state: Mapping[str, Tensor]
@@ -55,16 +57,16 @@ class SourceCompressor(nn.Module):
 class SharedIndexer(nn.Module):
     """Selects entries; where its layer makes them, it makes their index keys as well."""
 
-    def __init__(self, config: ModelConfig, layer: int, storage: Storage):
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
         super().__init__()
         index, c = config.indexer, config.compressed
         assert index is not None and c is not None and c.shared is not None and config.q_lora_rank is not None
         self.index, self.entries, self.layer, self.ratio = index, c.shared, layer, c.ratios[layer]
         if c.layers[layer] == FULL:
-            self.wk = Linear(c.head_dim, index.head_dim, storage, plain=True)
-            self.k_norm = RMSNorm(index.head_dim, config.rms_norm_eps, storage.dtype)
-        self.wq_b = Linear(config.q_lora_rank, index.num_heads * index.head_dim, storage)
-        self.weights_proj = Linear(config.hidden_size, index.num_heads, storage, plain=True)
+            self.wk = Linear(c.head_dim, index.head_dim, dtype)
+            self.k_norm = RMSNorm(index.head_dim, config.rms_norm_eps, dtype)
+        self.wq_b = Linear(config.q_lora_rank, index.num_heads * index.head_dim, dtype)
+        self.weights_proj = Linear(config.hidden_size, index.num_heads, dtype)
 
     def keys(self, latent_BUW: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Index keys [B, U, I] of entries."""
@@ -97,14 +99,14 @@ class SharedIndexer(nn.Module):
 class SharedEntryAttention(WindowAttention):
     """The attention of a layer that makes entries, selects among them, or reads what others made and selected."""
 
-    def __init__(self, config: ModelConfig, layer: int, storage: Storage):
-        super().__init__(config, layer, storage)
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
+        super().__init__(config, layer, dtype)
         c = config.compressed
         assert c is not None
         self.ratio = c.ratios[layer]
         makes = c.layers[layer] == FULL
-        self.compressor = SourceCompressor(config, c.head_dim, self.ratio, storage) if makes else None
-        self.indexer = SharedIndexer(config, layer, storage) if config.has_indexer(layer) else None
+        self.compressor = SourceCompressor(config, c.head_dim, self.ratio, dtype) if makes else None
+        self.indexer = SharedIndexer(config, layer, dtype) if config.has_indexer(layer) else None
 
     def forward(
         self,
@@ -115,9 +117,9 @@ class SharedEntryAttention(WindowAttention):
     ) -> Attended:
         """As ``WindowAttention.forward``; what no layer before it shares, the layer makes."""
         window = self.window(x_MD, shared)
-        made = self.made(x_MD, shared, state)
-        shared = dict(shared) | {HELD + name: state[name] for name in made if name != "open"}
-        shared |= {NEW + name: rows for name, rows in made.items()}
+        rows, made = self.made(x_MD, shared, state)
+        shared = dict(shared) | {HELD + name: state[name] for name in made}
+        shared |= {NEW + name: new for name, new in made.items()}
         candidates = None
         if self.indexer:
             own_MK, candidates = self.indexer(x_MD, window.low_MQ, shared, self.token_turn(shared))
@@ -126,17 +128,20 @@ class SharedEntryAttention(WindowAttention):
         entries = (shared[NEW + "entry"], shared[HELD + "entry"], chosen_MK)
         rest = (shared["position"], self.sinks, self.ratio, self.config.softmax_scale, self.since(shared))
         z_MHW = sparse_attention(window.q_MHW, window.new_BSW, state["window"], *entries, *rest)
-        return Attended(self.output(z_MHW, shared), {"window": window.new_BSW} | made, selected_MK, candidates)
+        return Attended(self.output(z_MHW, shared), window.kept | rows, selected_MK, candidates)
 
-    def made(self, x_MD: Tensor, shared: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """New entries, index keys, and rows of tokens that entries are made of; none where other layers make them."""
+    def made(
+        self, x_MD: Tensor, shared: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is kept of new entries, of their index keys and of tokens that entries are made of; and the former two
+        as attention reads them. None where other layers make them.
+        """
         if self.compressor is None:
-            return {}
+            return {}, {}
         assert self.indexer is not None
         turn = rotation(shared, entry_rotation(self.ratio))
         latent_BUW, rows = self.compressor(x_MD, shared["position"], state)
-        return {
-            "entry": rotate_entries(latent_BUW, *turn),
-            **rows,
-            "index_key": self.indexer.keys(latent_BUW, *turn),
-        }
+        made = {"entry": rotate_entries(latent_BUW, *turn), "index_key": self.indexer.keys(latent_BUW, *turn)}
+        kept = {name: keep(self.config, name, new, shared) for name, new in made.items()}
+        tensors = {name: value for one in kept.values() for name, value in one.tensors.items()}
+        return tensors | rows, {name: one.read for name, one in kept.items()}

@@ -10,7 +10,6 @@ from torch import nn
 
 from v4export.config import ModelConfig
 from v4export.model.block import STATE, Block, Embed, Head, block_shares, head_reads
-from v4export.model.linear import IN_FLOAT32, Storage
 from v4export.model.reasoning import ThinkingHead, Thought
 from v4export.state_contract import state_tensors
 
@@ -34,16 +33,16 @@ class Step(NamedTuple):
 class Transformer(nn.Module):
     """A mixture-of-experts decoder (DeepSeek V2, V3, V3.2, V4 and V4.1, Kimi-K2)."""
 
-    def __init__(self, config: ModelConfig, storage: Storage = IN_FLOAT32, absorbed: bool = True):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, absorbed: bool = True):
         super().__init__()
-        self.config, self.storage = config, storage
-        self.embed = Embed(config, storage)
-        self.layers = nn.ModuleList(Block(config, i, storage, absorbed) for i in range(config.num_layers))
-        self.head = ThinkingHead(config, storage, absorbed) if config.thinks else Head(config, storage)
+        self.config, self.dtype = config, dtype
+        self.embed = Embed(config, dtype)
+        self.layers = nn.ModuleList(Block(config, i, dtype, absorbed) for i in range(config.num_layers))
+        self.head = ThinkingHead(config, dtype, absorbed) if config.thinks else Head(config, dtype)
 
     def empty_state(self, batch: int = 1) -> list[dict[str, torch.Tensor]]:
         """A state that holds no token: per layer, tensors [B, rows, width] by name."""
-        return [empty_state(self.config, layer, self.storage.dtype, batch) for layer in range(self.config.state_layers)]
+        return [empty_state(self.config, layer, self.dtype, batch) for layer in range(self.config.state_layers)]
 
     def forward(
         self,
@@ -69,8 +68,7 @@ class Transformer(nn.Module):
         shared["logits_at"] = logits_at_BQ
         logits, *trunk = self.head(*(shared[name] for name in head_reads(self.config)))
         if isinstance(self.head, ThinkingHead):
-            latents = self.head.rows(shared["hidden"], position_B, shared.get("pre"))
-            rows += [{"latent": latent} for latent in latents]
+            rows += self.head.rows(shared["hidden"], position_B, shared.get("pre"))
         return Step(logits, rows, hidden, *trunk)
 
     def think(
@@ -89,8 +87,9 @@ class Transformer(nn.Module):
             steps: of a thought; the model's own number unless given.
         """
         assert isinstance(self.head, ThinkingHead)
-        latents = [layer["latent"] for layer in state[self.config.num_layers :]]
-        return self.head.think(trunk_BQD, thought_at_BQ, *latents, steps=steps)
+        layers = range(self.config.num_layers, self.config.state_layers)
+        held = [state[layer][tensor.name] for layer in layers for tensor in state_tensors(self.config, layer)]
+        return self.head.think(trunk_BQD, thought_at_BQ, *held, steps=steps)
 
     def remember(
         self,
@@ -139,6 +138,6 @@ class Transformer(nn.Module):
 def empty_state(config: ModelConfig, layer: int, dtype: torch.dtype, batch: int = 1) -> dict[str, torch.Tensor]:
     """One layer's state that holds no token."""
     return {
-        t.name: torch.zeros(batch, t.ring or 0, t.width, dtype=torch.float32 if t.float32 else dtype)
+        t.name: torch.zeros(batch, t.ring or 0, t.width, dtype=getattr(torch, t.dtype) if t.dtype else dtype)
         for t in state_tensors(config, layer)
     }

@@ -1,30 +1,40 @@
-"""A bundle: the folder a build leaves behind. It appears whole or not at all, and its manifest says what is in it."""
+"""A bundle: the folder a build leaves behind, and its manifest, which says what is in it."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from v4export.config import ModelConfig
 from v4export.config.chosen import UNCHANGED, Chosen
 from v4export.config.readers import read_config
-from v4export.errors import BadInput, NotEnough, NumbersDiffer
+from v4export.config.sharding import Sharding
+from v4export.errors import BadInput
 from v4export.plain import to_json
 from v4export.precision import Precision, precision
 
 MANIFEST = "v4export.json"
 _FORMAT = 1
-_PACKAGES = ("v4export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "tensorrt", "numpy")
+_PACKAGES = (
+    "v4export",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt-rtx",
+    "tensorrt",
+    "numpy",
+    "ml_dtypes",
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Bundle:
         config: the model, as it was chosen.
         precision: of the graph.
         chosen: what was changed of the checkpoint's model.
+        sharding: how it is shared among ranks; None where one graph has it all.
     """
 
     folder: Path
@@ -44,6 +55,7 @@ class Bundle:
     config: ModelConfig
     precision: Precision
     chosen: Chosen = UNCHANGED
+    sharding: Sharding | None = None
 
     @staticmethod
     def open(folder: Path) -> Bundle:
@@ -66,7 +78,9 @@ class Bundle:
         try:
             chosen = Chosen.read(manifest["chosen"])
             config = chosen.of(read_config(manifest["config"]))
-            return Bundle(folder, manifest, config, precision(manifest["precision"], config), chosen)
+            recipe = precision(manifest["precision"], config, manifest.get("keep", ()))
+            sharing = manifest.get("sharing")
+            return Bundle(folder, manifest, config, recipe, chosen, sharing and Sharding(**sharing["sharding"]))
         except (KeyError, TypeError) as error:
             raise BadInput(f"{folder / MANIFEST} is not whole", f"{error!r}", "build the bundle again") from error
 
@@ -102,68 +116,12 @@ class Bundle:
         return Path(self.manifest["checkpoint"]["path"])
 
 
-@contextlib.contextmanager
-def whole_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling of ``out`` to build in, renamed to ``out`` on success and removed on any failure.
-
-    Only what fails its verification is kept, as ``OUT.failed``.
-
-    Args:
-        out: must not exist, unless ``force``.
-        force: replace an ``out`` that is itself a bundle, once the new one is complete.
-
-    Raises:
-        BadInput: ``out`` exists, or cannot be written beside.
-        NotEnough: the disk is full.
-    """
-    if out.exists() and not (force and (out / MANIFEST).is_file()):
-        raise BadInput(
-            f"{out} exists",
-            "it is not a bundle, and is never replaced" if force else "",
-            "choose another -o, or replace a bundle with --force",
-        )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise BadInput(f"cannot write to {out.parent}", str(error), "choose another -o") from error
-    try:
-        building.chmod(0o755)
-        yield building
-        _replace(building, out)
-    except NumbersDiffer as error:
-        # What is wrong can only be found out by looking at it.
-        kept = out.with_name(f"{out.name}.failed")
-        if not kept.exists() or (kept / MANIFEST).is_file():
-            _replace(building, kept)
-            error.args = (f"{error}\n  it is kept, with its report, as {kept}",)
-        raise
-    except OSError as error:
-        if error.errno in _FULL:
-            free = shutil.disk_usage(out.parent).free
-            raise NotEnough(
-                f"the disk of {out.parent} is full", f"{free >> 20} MiB left", "free some, or choose another -o"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def _replace(new: Path, old: Path) -> None:
-    """Put ``new`` in ``old``'s place; an old one is removed only once the new one stands there."""
-    if not old.exists():
-        os.replace(new, old)
-        return
-    former = Path(tempfile.mkdtemp(prefix=f".{old.name}.", suffix=".former", dir=old.parent))
-    os.replace(old, former)
-    os.replace(new, old)
-    shutil.rmtree(former)
-
-
-def write_manifest(folder: Path, facts: Mapping[str, Any], linked: frozenset[str] = frozenset()) -> None:
+def write_manifest(
+    folder: Path,
+    facts: Mapping[str, Any],
+    linked: frozenset[str] = frozenset(),
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write ``v4export.json``: ``facts``, the versions of what was used, and a hash of every other file.
 
     Args:
@@ -171,14 +129,21 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], linked: frozenset[str
         facts: what the stages found out.
         linked: names in ``weights/`` that are shared with the checkpoint. They may be terabytes and are covered by
             the checkpoint's header hash, so only their size is recorded.
+        known: sha256 of files, by name, that need not be read once more.
     """
-    files = {}
+    manifest = {"format": _FORMAT, **facts, "versions": versions(), "files": file_facts(folder, linked, known)}
+    (folder / MANIFEST).write_text(to_json(manifest) + "\n")
+
+
+def file_facts(folder: Path, linked: frozenset[str], known: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of every file of a folder, by name; arguments as for ``write_manifest``."""
+    files: dict[str, dict[str, Any]] = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         name = file.relative_to(folder).as_posix()
         shared = file.parent.name == "weights" and file.name in linked
-        files[name] = {"bytes": file.stat().st_size} | ({"shared": True} if shared else {"sha256": _sha256(file)})
-    manifest = {"format": _FORMAT, **facts, "versions": versions(), "files": files}
-    (folder / MANIFEST).write_text(to_json(manifest) + "\n")
+        digest = {"shared": True} if shared else {"sha256": known.get(name) or _sha256(file)}
+        files[name] = {"bytes": file.stat().st_size, **digest}
+    return files
 
 
 def versions() -> dict[str, str]:
@@ -188,6 +153,17 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def code_hash() -> str:
+    """A hash of this package's own files, of which a version says nothing while they are being worked on."""
+    digest = hashlib.sha256()
+    for package in ("v4export", "v4export.graphs", "v4export.plugins"):
+        found = find_spec(package)
+        for folder in map(Path, found.submodule_search_locations or () if found else ()):
+            for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.parent.name != "__pycache__"):
+                digest.update(f"{package}/{file.relative_to(folder)} {_sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _sha256(file: Path) -> str:

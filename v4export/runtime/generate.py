@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from v4export.chat.answer import Answer
 from v4export.errors import BadInput, NotSupported
 from v4export.runtime.pausing import Pause, Pausing, Thinks, paused
 from v4export.runtime.sampling import Sampler, Sampling
@@ -105,6 +106,7 @@ class Generation:
     finish_reason: FinishReason  # stop: a stop id or stop string; length: no room
     timings: Timings
     pauses: tuple[Pause, ...] = ()  # where it thought, and what
+    answer: Answer | None = None  # of a conversation: the new text as a message
 
     def as_json(self) -> dict[str, Any]:
         """The same, as JSON values."""
@@ -303,6 +305,7 @@ def run_text(
     skip_decoder: bool = False,
     pausing: Pausing | None = None,
     refused_ids: Mapping[int, str] | None = None,
+    framed: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Completes one text.
@@ -313,6 +316,7 @@ def run_text(
         stop_ids: tokens that end the text, besides the tokenizer's end token.
         ignore_eos: go on after ``stop_ids`` and the end token; stop strings still count.
         refused_ids: tokens that a prompt may not have, and why.
+        framed: whether the prompt has its special tokens already, as those of chat templates have.
         on_text: called with each piece of text as it becomes certain; the pieces joined are the result's text.
 
     Raises:
@@ -321,12 +325,12 @@ def run_text(
     if not prompt:
         raise BadInput("the prompt is empty", "0 characters", "give a text to continue")
     start = time.monotonic()
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt, add_special_tokens=not framed)
     for refused, why in (refused_ids or {}).items():
         if refused in ids:
             place = f"token {refused}, number {ids.index(refused)} of the prompt: {why}"
             raise NotSupported("the prompt has a token that is not supported", place, "leave it out")
-    ends = stop_ids if tokenizer.eos_id is None else stop_ids | {tokenizer.eos_id}
+    ends = tokenizer.ends(stop_ids)
     stops, stream = StopStrings(stop_strings), tokenizer.stream()
     pieces: list[str] = []
 

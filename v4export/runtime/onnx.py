@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from v4export.config import ModelConfig
+from v4export.config.sharding import Sharding
 from v4export.engram.files import load_feed
 from v4export.errors import BadInput
 from v4export.graphs.export import PORTABLE, REMEMBERING
@@ -17,10 +19,11 @@ from v4export.graphs.trace import DECODER_START
 from v4export.graphs.weights import numpy_dtype
 from v4export.precision import Precision
 from v4export.runtime.generate import Coming
+from v4export.runtime.ranks import session
 from v4export.runtime.sessions import Running, Session
 from v4export.runtime.state import State
 from v4export.runtime.thinking import OnnxThinker, Thought
-from v4export.state_contract import may_skip_decoder
+from v4export.state_contract import may_skip_decoder, state_tensors
 
 
 class OnnxExecutor:
@@ -32,11 +35,13 @@ class OnnxExecutor:
         precision: the graph's.
         max_seq_len: most tokens of a sequence.
         device: ``cpu`` or ``cuda``.
-        taps: names of values inside the graph to be returned by every step as well.
+        taps: names of values inside the graph, or of new rows, to be returned by every step as well.
         threads: of onnxruntime; 0 lets it choose.
         prepack: let onnxruntime keep a copy of the weights in its kernels' layout: faster prefill, twice the memory.
         bodies: on a CPU, run the portable graph's own bodies in place of the fast copy.
         thought_taps: let thoughts also return the hidden states after each of their layers.
+        accuracy_level: 0 multiplies integer matrices by activations as they are; 4 by activations in eight bits.
+        sharding: how the bundle's model is shared among ranks, which all run here unless torchrun started each.
 
     Attributes:
         tapped: the tapped values of the last step, and what was looked up for it.
@@ -57,23 +62,31 @@ class OnnxExecutor:
         prepack: bool = True,
         bodies: bool = False,
         thought_taps: bool = False,
+        accuracy_level: int = 0,
+        sharding: Sharding | None = None,
     ) -> None:
         self.config, self.max_seq_len = config, max_seq_len
         self._state_dtype = numpy_dtype(precision.activations)
-        how = Running(folder, device, threads, prepack, bodies)
-        self._session = Session(how, PORTABLE, taps)
+        how = Running(folder, device, threads, prepack, bodies, accuracy_level)
+        layers = range(config.state_layers)
+        rows = {new_state_name(layer, t.name) for layer in layers for t in state_tensors(config, layer)}
+        self._row_taps = [name for name in taps if name in rows]
+        self._session = session(how, PORTABLE, sharding, [name for name in taps if name not in rows])
+        # A rank of a pipeline has the rows of its own layers.
+        self._held = self._session.reads if sharding else None
         # Few users of a model with a decoder skip it, and a second session has weights of its own.
         self._remembering = functools.cache(lambda: Session(how, REMEMBERING))
         self._lookup = load_feed(folder, self._state_dtype) if config.engram else None
-        self._thinker = OnnxThinker(how, config, thought_taps) if config.thinks else None
+        self._thinker = OnnxThinker(how, config, self._state_dtype, thought_taps) if config.thinks else None
         self.tapped: dict[str, np.ndarray] = {}
         self.trunk: np.ndarray | None = None
         self._has_decoder = any(map(config.is_decoder, range(config.num_layers)))
-        self.tail = config.compressed.window if config.compressed and may_skip_decoder(config) else None
+        skips = config.compressed and may_skip_decoder(config) and sharding is None
+        self.tail = config.compressed.window if config.compressed and skips else None
 
     def new_state(self, batch: int = 1) -> State:
         """A state for ``batch`` sequences that holds no token."""
-        state = State.empty(self.config, batch, self._state_dtype, self.max_seq_len)
+        state = State.empty(self.config, batch, self._state_dtype, self.max_seq_len, self._held)
         if self._lookup:
             state.history_BN = self._lookup.hasher.empty_history(batch)
         return state
@@ -109,6 +122,7 @@ class OnnxExecutor:
             outputs["trunk"] = self.trunk
         found = self._looked_up(tokens_BS, state, lengths_B, coming)
         self.tapped = self._run(self._session, tokens_BS, state, lengths_B, given | found, outputs)
+        found |= {name: outputs[name] for name in self._row_taps}
         self.tapped |= {name: rows.reshape(-1, rows.shape[-1]) for name, rows in found.items()}
         state.commit(_advance(tokens_BS, lengths_B))
         return logits
@@ -146,9 +160,10 @@ class OnnxExecutor:
         """
         if self._thinker is None:
             raise BadInput("this model was exported without reasoning layers", fix="leave --think out")
-        at_BQ = state.lengths_B[:, None] - 1 if at_BQ is None else at_BQ
+        # A sequence that holds nothing rides along, and has no last token.
+        at_BQ = np.maximum(state.lengths_B[:, None] - 1, 0) if at_BQ is None else at_BQ
         layers = range(self.config.num_layers, self.config.state_layers)
-        rows = {state_name(layer, "latent"): state.held(layer, "latent") for layer in layers}
+        rows = {state_name(layer, name): state.held(layer, name) for layer in layers for name in state.layers[layer]}
         return self._thinker.think(trunk_BQD, np.ascontiguousarray(at_BQ, np.int64), rows, steps, looped)
 
     def _looked_up(
@@ -165,7 +180,7 @@ class OnnxExecutor:
 
     def _run(
         self,
-        session: Session,
+        session: Any,
         tokens_BS: np.ndarray,
         state: State,
         lengths_B: np.ndarray | None,

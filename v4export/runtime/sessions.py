@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,16 @@ import onnx_ir as ir
 from v4export.errors import BadInput, NotEnough, NotSupported, missing_package
 from v4export.graphs.export import for_cpu
 from v4export.graphs.lower import bodies_for_cpu, with_bodies
+from v4export.graphs.passes.accuracy import LEVELS, set_accuracy
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 #: ``ENABLE_ALL`` turns dequantise-and-multiply into products with int8 activations, an error of 1e-2. Level 0 keeps
 #: activations in their own type.
 _EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
+
+#: At ``fp32``, onnxruntime's experts of eight bits take activations as they are; it has no other way to say so.
+_EXPERTS = "ORT_QMOE_CPU_QNBIT_GEMM"
 
 #: A GPU multiplies float32 as TF32 unless told not to, which is an error of 6e-4.
 _PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
@@ -40,6 +45,8 @@ class Running:
         threads: of onnxruntime; 0 lets it choose.
         prepack: let onnxruntime keep a copy of the weights in its kernels' layout: faster prefill, twice the memory.
         bodies: on a CPU, run the portable graphs' own bodies in place of the fast copies.
+        accuracy_level: of products with integer matrices in the fast copies, by onnxruntime's numbers: 0 multiplies
+            activations as they are, 4 rounds them to eight bits, which is faster and takes ``prepack``.
     """
 
     folder: Path
@@ -47,23 +54,28 @@ class Running:
     threads: int = 0
     prepack: bool = True
     bodies: bool = False
+    accuracy_level: int = 0
 
 
 class Session:
-    """One graph of a bundle.
+    """One graph of a bundle, or a segment of one.
 
     Args:
         how: it is run.
-        graph: its portable name.
+        graph: its portable name, or the graph itself.
         taps: names of values inside it to be returned by every run as well.
 
     Attributes:
         reads: names of its inputs.
+        returns: names of its outputs, without the taps.
     """
 
-    def __init__(self, how: Running, graph: str, taps: Sequence[str] = ()) -> None:
+    def __init__(self, how: Running, graph: str | onnx.ModelProto, taps: Sequence[str] = ()) -> None:
         self._folder, self._taps = how.folder, tuple(taps)
-        self._session = _session(how, graph, self._taps)
+        model = graph_to_run(how, graph) if isinstance(graph, str) else graph
+        self.returns = [value.name for value in model.graph.output]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
+        self._session = _session(how, model)
         self.reads = {value.name for value in self._session.get_inputs()}
 
     def run(
@@ -96,44 +108,48 @@ def _kind(array: np.ndarray) -> int:
 
 
 def _array(value: Any) -> np.ndarray:
-    """A copy of an output; onnxruntime itself makes no bfloat16 arrays."""
+    """A copy of an output; onnxruntime itself makes no bfloat16 or FP8 arrays."""
     kind = ir.DataType(value.element_type())
-    if kind != ir.DataType.BFLOAT16:
+    if kind not in (ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN):
         return value.numpy()
-    count = int(np.prod(value.shape()))
-    return np.frombuffer(ctypes.string_at(value.data_ptr(), 2 * count), kind.numpy()).reshape(value.shape())
+    bytes = int(np.prod(value.shape())) * kind.numpy().itemsize
+    return np.frombuffer(ctypes.string_at(value.data_ptr(), bytes), kind.numpy()).reshape(value.shape())
 
 
 def _address(array: np.ndarray) -> int:
     return array.ctypes.data if array.size else _NOWHERE.ctypes.data
 
 
-def _graph(how: Running, name: str) -> onnx.ModelProto:
+def graph_to_run(how: Running, name: str) -> onnx.ModelProto:
     """The form of a graph that a device runs, weights not loaded."""
     fast = how.device == "cpu" and not how.bodies
     graph = how.folder / (for_cpu(name) if fast else name)
     try:
         if fast:
-            return onnx.load(graph, load_external_data=False)
+            model = ir.load(graph)
+            set_accuracy(model, how.accuracy_level)
+            return ir.to_proto(model)
         return ir.to_proto(bodies_for_cpu(graph) if how.device == "cpu" else with_bodies(graph))
     except Exception as error:  # protobuf's own errors have no common base
         raise BadInput(f"cannot read {graph}", str(error), "build it again") from error
 
 
-def _session(how: Running, graph: str, taps: Sequence[str]) -> Any:
+def _session(how: Running, model: onnx.ModelProto) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise missing_package("onnxruntime", "cpu", "running a graph") from error
     if how.device not in PROVIDERS:
         raise BadInput(f"unknown device {how.device!r}", f"known: {', '.join(PROVIDERS)}", "choose one of them")
+    if how.accuracy_level not in LEVELS:
+        known = ", ".join(map(str, LEVELS))
+        raise BadInput(f"unknown accuracy level {how.accuracy_level}", f"known: {known}", "choose one of them")
     if PROVIDERS[how.device] not in ort.get_available_providers():
         raise NotSupported(
             f"this onnxruntime has no {PROVIDERS[how.device]}",
             f"it has {', '.join(ort.get_available_providers())}",
             "pip install 'v4export[gpu]' in place of v4export[cpu], on a machine with a GPU",
         )
-    model = _graph(how, graph)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = how.threads
@@ -143,11 +159,25 @@ def _session(how: Running, graph: str, taps: Sequence[str]) -> Any:
         settings["session.disable_prepacking"] = "1"
     for key, value in settings.items():
         options.add_session_config_entry(key, value)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
     providers = list(dict.fromkeys([PROVIDERS[how.device], PROVIDERS["cpu"]]))
     own = [_PROVIDER_OPTIONS.get(name, {}) for name in providers]
-    with _explained(how.folder):
+    with _explained(how.folder), _experts_exact(how.accuracy_level == 0):
         return ort.InferenceSession(model.SerializeToString(), options, providers=providers, provider_options=own)
+
+
+@contextlib.contextmanager
+def _experts_exact(exact: bool) -> Iterator[None]:
+    """Onnxruntime's experts take activations as they are in sessions made within; it looks when it makes one."""
+    before = os.environ.get(_EXPERTS)
+    if exact:
+        os.environ[_EXPERTS] = "fp32"
+    try:
+        yield
+    finally:
+        if exact and before is None:
+            del os.environ[_EXPERTS]
+        elif exact and before is not None:
+            os.environ[_EXPERTS] = before
 
 
 @contextlib.contextmanager

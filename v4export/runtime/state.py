@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from v4export.config import ModelConfig
 from v4export.errors import BadInput
+from v4export.graphs.stamp import state_name
+from v4export.graphs.weights import numpy_dtype
 from v4export.state_contract import StateTensor, remembered, state_tensors
 
 _FIRST_CAPACITY = 256
@@ -72,15 +75,20 @@ class State:
     _steps: int = field(default=0)
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, dtype: np.dtype, limit: int) -> State:
-        """A state that holds no token."""
+    def empty(
+        cls, config: ModelConfig, batch: int, dtype: np.dtype, limit: int, held: Container[str] | None = None
+    ) -> State:
+        """A state that holds no token; of ``held`` tensors alone, by the graph's names, where they are given."""
 
         def buffer(tensor: StateTensor, layer: int) -> Buffer:
-            kind = np.dtype(np.float32) if tensor.float32 else dtype
+            kind = numpy_dtype(tensor.dtype) if tensor.dtype else dtype
             array = np.zeros((batch, tensor.ring or 1, tensor.width), kind)
             return Buffer(tensor, array, tensor in remembered(config, layer))
 
-        layers = [{t.name: buffer(t, i) for t in state_tensors(config, i)} for i in range(config.state_layers)]
+        def there(layer: int) -> list[StateTensor]:
+            return [t for t in state_tensors(config, layer) if held is None or state_name(layer, t.name) in held]
+
+        layers = [{t.name: buffer(t, i) for t in there(i)} for i in range(config.state_layers)]
         state = cls(layers, np.zeros(batch, np.int64), limit, np.zeros(batch, np.int64))
         state._grow(min(_FIRST_CAPACITY, limit))
         return state
@@ -170,6 +178,44 @@ class State:
         if not past_decoder:
             self.decoder_start_B = np.where(lengths_B > 0, after_B, self.decoder_start_B)
         self.lengths_B = after_B
+
+    def put(self, b: int, other: State) -> None:
+        """Make sequence ``b`` hold what ``other``, a state of one sequence of the same model, holds."""
+        tokens = int(other.lengths_B[0])
+        if tokens > self._capacity:
+            self._grow(max(tokens, min(2 * self._capacity, self.limit)))
+        for mine, its in zip(self.buffers, other.buffers, strict=True):
+            rows = its.tensor.ring or its.tensor.complete(tokens)
+            mine.array[b, :rows] = its.array[0, :rows]
+        # Arrays of numbers may be those that a caller looked at before the step.
+        self.lengths_B, self.decoder_start_B = self.lengths_B.copy(), self.decoder_start_B.copy()
+        self.lengths_B[b], self.decoder_start_B[b] = tokens, other.decoder_start_B[0]
+        if self.history_BN is not None:
+            assert other.history_BN is not None
+            self.history_BN = self.history_BN.copy()
+            self.history_BN[b] = other.history_BN[0]
+
+    def first(self, count: int) -> State:
+        """A state of the first ``count`` sequences in the same memory, with room for one more token of each.
+
+        A step of it costs nothing for the others. Until ``adopt`` has taken back how long they are now, it alone is
+        valid.
+        """
+        longest = int(self.lengths_B[:count].max()) + 1
+        if self._capacity < longest <= self.limit:
+            self._grow(max(longest, min(2 * self._capacity, self.limit)))
+        layers = [{n: Buffer(b.tensor, b.array[:count], b.remembered) for n, b in one.items()} for one in self.layers]
+        history = None if self.history_BN is None else self.history_BN[:count]
+        starts = self.decoder_start_B[:count]
+        return State(layers, self.lengths_B[:count], self.limit, starts, history, self._capacity)
+
+    def adopt(self, first: State) -> None:
+        """Take what a step has changed of the first sequences, whose rows lie here already."""
+        count = len(first.lengths_B)
+        self.lengths_B = np.concatenate([first.lengths_B, self.lengths_B[count:]])
+        self.decoder_start_B = np.concatenate([first.decoder_start_B, self.decoder_start_B[count:]])
+        if self.history_BN is not None and first.history_BN is not None:
+            self.history_BN = np.concatenate([first.history_BN, self.history_BN[count:]])
 
     def rows(self, layer: int, name: str, b: int) -> np.ndarray:
         """A sequence's rows that can still be seen, oldest first: [n, W]."""

@@ -19,11 +19,13 @@ class OnnxThinker:
     Args:
         how: they are run.
         config: the model.
+        dtype: of activations.
         taps: return hidden states after each layer as well.
     """
 
-    def __init__(self, how: Running, config: ModelConfig, taps: bool = False) -> None:
+    def __init__(self, how: Running, config: ModelConfig, dtype: np.dtype, taps: bool = False) -> None:
         assert config.reasoning is not None
+        self._dtype = dtype
         self.config, self.steps, self.layers = config, config.reasoning.steps, range(config.reasoning.layers)
         each = {(k, j): f"thought.{k}.{j}" for k in range(1, self.steps + 1) for j in self.layers}
         self._taps = each if taps else {}
@@ -46,7 +48,7 @@ class OnnxThinker:
         Args:
             trunk_BQD: the model's last hidden states there, in any type that holds them.
             at_BQ: the positions, int64.
-            rows: of each reasoning layer those of the sequences, [B, T, W], by the graphs' names.
+            rows: of each reasoning layer its state of the sequences, by the graphs' names.
             steps: of a thought; the unrolled graph has its own number, any up to it can be looped.
             looped: run a step at a time whatever their number.
 
@@ -55,8 +57,7 @@ class OnnxThinker:
         """
         steps = self.steps if steps is None else steps
         check_steps(steps, self.steps)
-        dtype = next(iter(rows.values())).dtype
-        given = {"trunk": np.ascontiguousarray(trunk_BQD, dtype), "thought_at": at_BQ, **rows}
+        given = {"trunk": np.ascontiguousarray(trunk_BQD, self._dtype), "thought_at": at_BQ, **rows}
         return self._loop(given, steps) if looped or steps < self.steps else self._unrolled(given)
 
     def _unrolled(self, given: dict[str, np.ndarray]) -> Thought:

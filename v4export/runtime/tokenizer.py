@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import codecs
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import tokenizers
 
 from v4export.errors import BadInput
+from v4export.side_files import file_of, json_object, parsed
 
 # What a bundle copies, where the checkpoint has it.
 TOKENIZER_FILES = (
@@ -101,6 +101,15 @@ class Tokenizer(ABC):
         if config.get("add_bos_token") is not None or config.get("add_eos_token") is not None:
             self._prefix = [self.bos_id] if config.get("add_bos_token") and self.bos_id is not None else []
             self._suffix = [self.eos_id] if config.get("add_eos_token") and self.eos_id is not None else []
+
+    def ends(self, ids: Iterable[int]) -> frozenset[int]:
+        """Tokens that end a text: these, and the one that the tokenizer calls so."""
+        return frozenset(ids) if self.eos_id is None else frozenset((*ids, self.eos_id))
+
+    @property
+    def prefix(self) -> list[int]:
+        """What ``encode`` puts in front of every text."""
+        return list(self._prefix)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. The name of a special token inside it becomes that token.
@@ -194,44 +203,18 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises:
         BadInput: there is no tokenizer file, one is malformed, or one is a link that leads out of the directory.
     """
-    config_path = _file(directory, "tokenizer_config.json")
-    config = _parse(config_path, _json_object) if config_path else {}
-    if path := _file(directory, "tokenizer.json"):
-        backend = _parse(path, tokenizers.Tokenizer.from_buffer)
+    config_path = file_of(directory, "tokenizer_config.json")
+    config = parsed(config_path, json_object) if config_path else {}
+    if path := file_of(directory, "tokenizer.json"):
+        backend = parsed(path, tokenizers.Tokenizer.from_buffer)
         # Settings of the run that saved the file would cut prompts without a word.
         backend.no_truncation()
         backend.no_padding()
         return _JsonTokenizer(backend, config)
-    if path := _file(directory, "tiktoken.model"):
-        return _TiktokenTokenizer(_parse(path, _ranks), config)
+    if path := file_of(directory, "tiktoken.model"):
+        return _TiktokenTokenizer(parsed(path, _ranks), config)
     found = f"{directory}: neither tokenizer.json nor tiktoken.model"
     raise BadInput("the directory has no tokenizer", found, "copy the tokenizer files of the checkpoint there")
-
-
-def _file(directory: Path, name: str) -> Path | None:
-    """A file of the directory, or None. Links may not leave it, but from a snapshot of the Hub's cache to its blobs."""
-    path = directory / name
-    if not path.is_file():
-        return None
-    home, real = directory.resolve(), path.resolve()
-    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (real.is_relative_to(home) or real.is_relative_to(cache)):
-        raise BadInput(f"{path} leads out of its directory", f"it links to {real}", "put a copy in place of the link")
-    return path
-
-
-def _parse(path: Path, parse: Callable[[bytes], Any]) -> Any:
-    try:
-        return parse(path.read_bytes())
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise BadInput(f"{path} is not what its name says", str(error), "download the file again") from None
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    value = json.loads(data)
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _named_id(config: dict[str, Any], role: str, id_of: Callable[[str], int | None]) -> int | None:

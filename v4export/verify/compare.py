@@ -8,7 +8,8 @@ its own values shows how differences add up, and what quantised weights cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from v4export.checkpoint.audit import Weight
 from v4export.config import ModelConfig
 from v4export.model.block import STATE, Block, BlockOutput, Embed, Head, block_shares, head_reads
+from v4export.model.inputs import set_input_scales
 from v4export.model.load import fill
 from v4export.model.moe import MixtureOfExperts
 from v4export.model.reasoning import ThinkingHead
@@ -24,8 +26,9 @@ from v4export.precision import Precision
 from v4export.state_contract import StateTensor, state_tensors
 from v4export.verify import tolerance
 from v4export.verify.boundary import Boundary, judge, relative, shown
-from v4export.verify.halves import Allowed, Errors, Watch, allowed, block_paths
+from v4export.verify.halves import Allowed, Errors, Watch, allowed, block_paths, enlarged
 from v4export.verify.looked_up import EngramReference
+from v4export.verify.narrow_rows import as_read, judge_rows, new_rows
 from v4export.verify.recording import Recording
 from v4export.verify.rounded import as_the_graph_holds, is_converted
 from v4export.verify.routing import Choices, compare_choices
@@ -56,10 +59,14 @@ def compare(
     recordings: Sequence[Recording],
     advance: Callable[[Boundary], None] = lambda _: None,
     token_map: np.ndarray | None = None,
+    scales: Mapping[str, np.ndarray] | None = None,
 ) -> list[Boundary]:
-    """All boundaries in order; one layer's weights are in memory at a time. Engram needs the tokenizer's map."""
+    """All boundaries in order; one layer's weights are in memory at a time.
+
+    Engram needs the tokenizer's map; a recipe that rounds what matrices multiply, the scales that it does so by.
+    """
     with torch.inference_mode():
-        comparison = _Comparison(weights, config, precision, recordings, token_map)
+        comparison = _Comparison(weights, config, precision, recordings, token_map, scales or {})
         boundaries = []
         for boundary in comparison.run():
             advance(boundary)
@@ -97,11 +104,15 @@ class _Comparison:
         precision: Precision,
         recordings: Sequence[Recording],
         token_map: np.ndarray | None,
+        scales: Mapping[str, np.ndarray],
     ) -> None:
-        self.config, self.precision, self.recordings = config, precision, recordings
+        #: The definition is run without rounding what it keeps, over rows that the graph has rounded.
+        self.config, self.kept, self.precision = replace(config, state_fp8=False), config, precision
+        self.recorded, self.recordings = recordings, [as_read(r, config, precision) for r in recordings]
         self.exact = lambda name: torch.from_numpy(weights[name].decode())
         self.held = lambda name: torch.from_numpy(as_the_graph_holds(weights[name], precision))
         self.engram = None if token_map is None else EngramReference(config, weights, precision, token_map)
+        self.scales = scales
         self.converted = any(is_converted(w, precision) for w in weights.values())
         #: What blocks read, one for each recording: as the graph has it, and as the free-running reference has it.
         self.shared: list[dict[str, torch.Tensor]] = []
@@ -115,9 +126,8 @@ class _Comparison:
         yield self._head()
         if self.config.thinks:
             heads = self._pair(lambda: ThinkingHead(self.config, absorbed=False))
-            yield from ThoughtComparison(
-                self.config, self.precision, self.recordings, heads, self.shared, self.free
-            ).run()
+            given = (self.config, self.precision, self.recordings, heads, self.shared, self.free)
+            yield from ThoughtComparison(*given, kept=self.kept, recorded=self.recorded).run()
 
     def _embedding(self) -> Boundary:
         embed, exact = self._pair(lambda: Embed(self.config))
@@ -161,8 +171,9 @@ class _Comparison:
             limits = [s.allowed.pre * pre.norm(dim=-1) for s, pre in zip(seen, shares, strict=True)]
             found = [torch.from_numpy(r.pre[layer]) for r in self.recordings]
             yield judge(f"layer {layer} shares of streams", found, shares, limits, "as the coefficients of the layer")
-        for tensor in state_tensors(c, layer):
-            yield self._rows(layer, tensor.name, seen)
+        for tensor in state_tensors(self.kept, layer):
+            if tensor.name == tensor.rows:
+                yield from self._rows(layer, tensor, seen)
 
     def _looked_up(self, layer: int) -> Boundary:
         """What the graph was given of an Engram table: not a bit may differ from the checkpoint's rows."""
@@ -174,16 +185,13 @@ class _Comparison:
         none = [w.norm(dim=-1) * 0 for w in wanted]
         return judge(f"layer {layer} engram rows", found, wanted, none, "exact: a look-up")
 
-    def _rows(self, layer: int, name: str, seen: Sequence[_Seen]) -> Boundary:
-        """The rows of one state tensor that can still be seen at the end."""
-        path = tolerance.row_path(self.config, layer, name)
-        wanted = [s.rows[name] for s in seen]
-        # Rows of tokens that are not recorded come first, if they can still be seen.
-        pairs = zip(self.recordings, wanted, strict=True)
-        found = [torch.from_numpy(r.state[layer, name])[len(r.state[layer, name]) - len(w) :] for r, w in pairs]
-        limits = [self._with_input(path, s.allowed) * s.rows[name].norm(dim=-1) for s in seen]
-        called = f"layer {layer} {self._called(layer, name)}"
-        return judge(called, found, wanted, limits, path.derivation(self.precision))
+    def _rows(self, layer: int, tensor: StateTensor, seen: Sequence[_Seen]) -> Iterator[Boundary]:
+        """The rows of one state tensor."""
+        path = tolerance.row_path(self.config, layer, tensor.name)
+        wanted = [s.rows[tensor.name] for s in seen]
+        relative = [self._with_input(path, s.allowed) for s in seen]
+        called = f"layer {layer} {self._called(layer, tensor.name)}"
+        yield from judge_rows(called, self.recorded, tensor, layer, wanted, relative, path.derivation(self.precision))
 
     def _with_input(self, path: tolerance.Path, limits: Allowed) -> float:
         """What is allowed relative to a path's output where the attention's input is not exact.
@@ -191,7 +199,8 @@ class _Comparison:
         What comes out may stand for many tokens: it is held to the least exact of any.
         """
         own = tolerance.CONFIDENCE * path.error(self.precision)
-        return float(limits.attention_input.max().hypot(torch.tensor(own)))
+        given = enlarged(limits.attention_input.max(), path.roundings(self.precision))
+        return float(given.hypot(torch.tensor(own)))
 
     def _called(self, layer: int, name: str) -> str:
         """A state tensor in the report: beside the kind of its layer, where there are several."""
@@ -212,17 +221,21 @@ class _Comparison:
 
         held = {t.name: torch.from_numpy(r.held[layer, t.name])[None] for t in state_tensors(c, layer)}
 
-        def step(one: Block, given: dict[str, torch.Tensor]) -> BlockOutput:
+        rounded = new_rows(r, self.kept, layer)
+
+        def step(one: Block, given: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> BlockOutput:
             """All tokens at once over what was held before them: neither chunks nor decode, nor absorbed attention."""
-            return one(given["hidden"], given, held, taken, selected)
+            return one(given["hidden"], given, held, taken, selected, rows)
 
         with Watch(block) as watch:
-            out = step(block, shared)
+            out = step(block, shared, rounded)
         limits = allowed(block, x, watch, errors, pre)
         choices = []
         if taken is not None:
             assert isinstance(block.mlp, MixtureOfExperts)
-            error = limits.router_input + errors.feed_forward
+            # The router multiplies what is not rounded to E4M3.
+            own = tolerance.CONFIDENCE * tolerance.feed_forward_path(c, layer).unrounded(self.precision)
+            error = limits.router_input + own
             ids = torch.from_numpy(r.tokens)
             choices.append(compare_choices(block.mlp.gate, c, watch.router_input, taken, error, ids))
         if selected is not None and watch.index is not None:
@@ -231,8 +244,8 @@ class _Comparison:
             if layer in r.candidates:
                 kept = torch.from_numpy(r.candidates[layer])
                 choices.append(compare_candidates(watch.index, kept, of_index))
-        lost = relative(out.hidden, step(exact, shared).hidden) if self.converted else 0.0
-        ran = step(exact, free)
+        lost = relative(out.hidden, step(exact, shared, rounded).hidden) if self.converted else 0.0
+        ran = step(exact, free, {})
         self._share(layer, free, ran.named(), held)
         self._share(layer, shared, self._recorded(layer, r, out), held)
         carried = relative(shared["hidden"], free["hidden"])
@@ -263,8 +276,8 @@ class _Comparison:
         return found
 
     def _index_errors(self, layer: int, limits: Allowed) -> IndexErrors:
-        """Of keys that another layer made, the reference has the graph's own."""
-        makes_keys = any(t.name == "index_key" for t in state_tensors(self.config, layer))
+        """Of keys that another layer made, or that are rounded, the reference has the graph's own."""
+        makes_keys = any(t.name == "index_key" for t in state_tensors(self.config, layer)) and not self.kept.state_fp8
         return IndexErrors(
             self._with_input(tolerance.index_query_path(self.config), limits),
             self._with_input(tolerance.row_path(self.config, layer, "index_key"), limits) if makes_keys else 0.0,
@@ -292,9 +305,10 @@ class _Comparison:
         return judge("logits", found, wanted, limits, path.derivation(self.precision)).also(carried=max(carried))
 
     def _pair(self, make: Callable[[], torch.nn.Module], layer: int | None = None) -> tuple[Any, Any]:
-        """The part with the weights as the graph holds them, and as the checkpoint has them."""
+        """The part as the graph holds its weights and rounds its inputs, and as the checkpoint has it."""
         held = make()
         fill(held, self.config, self.held, layer)
+        set_input_scales(held, self.scales, layer, self.config)
         if not self.converted:
             return held, held
         exact = make()

@@ -7,7 +7,8 @@ A half takes an input z collapsed from the streams, computes y = F(z), and joins
 A residual connection is the same with one stream and all coefficients 1. Where it goes by the shares pre that the half
 before it computed (single-pass), their errors are of that half, and of the first none. What Engram adds ahead of both
 is an error of all streams from the start. What a half adds is held to its own size,
-post_k |y|, and not to the stream's, so that a wrong small branch cannot hide behind a large stream. An error of x'
+post_k |y|, and not to the stream's, so that a wrong small branch cannot hide behind a large stream; an error of its
+input is enlarged where it rounds to E4M3. An error of x'
 relative to all streams moves the coefficients of the next half by as much as the rows of its projection are long, and
 z by pre_j for each stream; and it passes through comb. Errors are norms of a token's vector.
 """
@@ -42,11 +43,21 @@ class Errors(NamedTuple):
     coefficients: float
     sinkhorn: float
     engram: float = 0.0
+    attention_roundings: int = 0
+    feed_forward_roundings: int = 0
 
     @classmethod
     def of(cls, paths: Sequence[tolerance.Path], precision: Precision) -> Errors:
-        """From the paths in the order of the fields."""
-        return cls(*(tolerance.CONFIDENCE * path.error(precision) for path in paths))
+        """From the paths in the order of the fields; and how often the halves round to E4M3."""
+        errors = cls(*(tolerance.CONFIDENCE * path.error(precision) for path in paths))  # type: ignore[arg-type]
+        attention, feed_forward = (path.roundings(precision) for path in paths[:2])
+        return errors._replace(attention_roundings=attention, feed_forward_roundings=feed_forward)
+
+
+def enlarged(limit: torch.Tensor, times: int) -> torch.Tensor:
+    """What is allowed of a result where so much is allowed ahead of some roundings to E4M3."""
+    found: torch.Tensor = tolerance.CONFIDENCE * tolerance.enlarged(limit / tolerance.CONFIDENCE, times)
+    return found
 
 
 def block_paths(config: ModelConfig, layer: int, tokens: int) -> list[tolerance.Path]:
@@ -130,8 +141,8 @@ def allowed(block: Block, x: torch.Tensor, watch: Watch, errors: Errors, pre: to
         stored = errors.residual * x.norm(dim=-1).reshape(shape)
         error_nX = torch.stack([errors.engram * added, _of_gates(watch, errors.engram), stored]).norm(dim=0)
     for connection, y, own, seen in (
-        (block.attn_hc, watch.attended, errors.attention, pre),
-        (block.ffn_hc, watch.fed, errors.feed_forward, watch.pre),
+        (block.attn_hc, watch.attended, (errors.attention, errors.attention_roundings), pre),
+        (block.ffn_hc, watch.fed, (errors.feed_forward, errors.feed_forward_roundings), watch.pre),
     ):
         half = _half(connection, x, error_nX, y, own, errors, (seen, of_pre))
         x, error_nX, of_pre = half.left, half.error_nX, half.coefficients
@@ -173,7 +184,7 @@ def _half(
     x: torch.Tensor,
     error_nX: torch.Tensor,
     y: torch.Tensor,
-    own: float,
+    own: tuple[float, int],
     errors: Errors,
     before: tuple[torch.Tensor | None, torch.Tensor],
 ) -> _Half:
@@ -184,7 +195,7 @@ def _half(
         x: the streams it meets.
         error_nX: norms of their errors.
         y: what it returned.
-        own: relative error that its own path allows.
+        own: relative error that its own path allows, and how often that rounds to E4M3.
         errors: of the connection.
         before: shares of the streams that the half before computed, and their relative error, [n].
     """
@@ -200,7 +211,7 @@ def _half(
     mixed = (join.comb * size_nX[..., None]).norm(dim=-2)
     left = connection.leave(x, y, *join.passing)
     parts = (
-        added * _hypot(own, of_z)[:, None],
+        added * _hypot(own[0], enlarged(of_z, own[1]))[:, None],
         (join.comb * error_nX[..., None]).sum(-2),
         coefficients[:, None] * _hypot(added, mixed),
         errors.residual * left.norm(dim=-1).reshape(error_nX.shape),

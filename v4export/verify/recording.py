@@ -9,7 +9,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from v4export.config import ModelConfig
-from v4export.graphs.stamp import candidates_name, engram_name, experts_name, hidden_name, selected_name, shares_name
+from v4export.graphs.stamp import (
+    candidates_name,
+    engram_name,
+    experts_name,
+    hidden_name,
+    new_state_name,
+    selected_name,
+    shares_name,
+)
 from v4export.runtime.generate import Executor
 from v4export.runtime.pausing import Thought
 from v4export.runtime.state import State
@@ -56,6 +64,7 @@ class Recording:
         pre: by layer, -1 the embedding, where single-pass: shares of the streams, float32 [n, X].
         engram: by layer with Engram: what was looked up for it, float32 [n, W] or int64 numbers of rows [n, K].
         state: by layer and name: the rows that can still be seen, oldest first, float32 [rows, W].
+        rows: by layer and name, of windows of E4M3: the rows of all n tokens, float32 [n, W].
         logits: float32 [n, V].
         trunk: what thoughts start from, float32 [n, D], of a model that thinks.
         thinking: thoughts in both forms, of a model that thinks.
@@ -71,6 +80,7 @@ class Recording:
     pre: dict[int, np.ndarray]
     engram: dict[int, np.ndarray]
     state: dict[tuple[int, str], np.ndarray]
+    rows: dict[tuple[int, str], np.ndarray]
     logits: np.ndarray
     trunk: np.ndarray | None = None
     thinking: tuple[Thinking, ...] = ()
@@ -94,7 +104,14 @@ def _recorded(config: ModelConfig) -> dict[str, tuple[Callable[[int], str], list
 def tap_names(config: ModelConfig) -> list[str]:
     """The values inside the graph that a recording needs; what is looked up, the executor itself gives to it."""
     fields = _recorded(config)
-    return [name(i) for field, (name, layers) in fields.items() if field != "engram" for i in layers]
+    names = [name(i) for field, (name, layers) in fields.items() if field != "engram" for i in layers]
+    return names + [new_state_name(*place) for place in recorded_rows(config)]
+
+
+def recorded_rows(config: ModelConfig) -> list[tuple[int, str]]:
+    """Layer and name of the state tensors every row of which is recorded: those read rounded that are not all kept."""
+    layers = range(config.num_layers if config.state_fp8 else 0)
+    return [(i, t.name) for i in layers for t in state_tensors(config, i) if t.rows == "window"]
 
 
 def record(
@@ -200,7 +217,9 @@ def _recording(
         found[field] = {i: _JOINED.get(field, _narrow)(pieces.pop(name(i))) for i in which}
     ids, earlier = (np.array(some, np.int64) for some in (tokens, before))
     trunk = _narrow(pieces["trunk"]) if "trunk" in pieces else None
-    return Recording(ids, earlier, held, **found, state=rows, logits=np.concatenate(pieces["logits"]), trunk=trunk)
+    every = {place: _narrow(pieces.pop(new_state_name(*place))) for place in recorded_rows(config)}
+    logits = np.concatenate(pieces["logits"])
+    return Recording(ids, earlier, held, **found, state=rows, rows=every, logits=logits, trunk=trunk)
 
 
 def _narrow(pieces: Sequence[np.ndarray]) -> np.ndarray:

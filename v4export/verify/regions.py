@@ -7,7 +7,7 @@ where a tensor lies is then said by two tables of row numbers, which are read he
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,13 @@ def is_region(name: str) -> bool:
     return bool(_REGION.search(name))
 
 
-def region_faults(model: onnx.ModelProto, places: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """What is wrong with the places of experts that are read by number, a line each."""
+def region_faults(
+    model: onnx.ModelProto, places: Mapping[str, StoredTensor], experts: Mapping[str, Sequence[int]]
+) -> Iterator[str]:
+    """What is wrong with the places of experts that are read by number, a line each.
+
+    ``experts`` are the numbers of those that a graph has, in order, by the part of their names before these.
+    """
     graph = _Graph(model)
     for region in (t for t in model.graph.initializer if is_region(t.name)):
         expert = _EXPERT.match(_REGION.sub("", region.name))
@@ -39,9 +44,11 @@ def region_faults(model: onnx.ModelProto, places: Mapping[str, StoredTensor]) ->
         for first, end in tables:
             if not len(first) == len(end) > 0:
                 yield f"{region.name} is read in a way that is not known"
-            count = len(first) // len(_PARTS)
-            names = [
-                f"{expert['layer']}{e}.{part}_proj.weight{expert['scale']}" for part in _PARTS for e in range(count)
+            numbers = experts.get(expert["layer"], ())
+            if len(first) != len(numbers) * len(_PARTS):
+                yield f"{region.name} has {len(first)} places, and should have {len(numbers) * len(_PARTS)}"
+            names = [f"{expert['layer']}{e}.{part}_proj.weight{expert['scale']}" for part in _PARTS for e in numbers][
+                : len(first)
             ]
             yield from graph.misplaced(region, first, end, names, places)
 

@@ -31,6 +31,7 @@ def write_report(
     config: ModelConfig,
     verification: Verification | None,
     engines: Mapping[str, EngineReport],
+    costs: Sequence[Any] = (),
 ) -> None:
     """Write both forms into ``folder``.
 
@@ -40,12 +41,14 @@ def write_report(
         config: the model.
         verification: how the graph compares with the PyTorch definition.
         engines: what TensorRT built of each graph, by the graph's name.
+        costs: what each stage was foreseen to take, and took (``v4export.plan.foreseen.Cost``).
     """
     content = {
         "verdict": verification.summary() if verification else "NOT VERIFIED",
         "facts": facts,
         "verification": verification,
         "engines": engines,
+        "costs": costs,
     }
     (folder / JSON).write_text(to_json(content) + "\n")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(

@@ -15,12 +15,14 @@ import torch
 
 from v4export.config import ModelConfig
 from v4export.model.block import Block, head_reads
-from v4export.model.linear import Linear
+from v4export.model.linear import Linear, activations_of
 from v4export.model.reasoning import ThinkingHead
 from v4export.precision import Precision
+from v4export.state_contract import state_tensors
 from v4export.verify import tolerance
 from v4export.verify.boundary import Boundary, judge, relative, shown
 from v4export.verify.halves import Errors, Watch, allowed, block_paths
+from v4export.verify.narrow_rows import judge_rows
 from v4export.verify.recording import Recording, Thinking
 from v4export.verify.routing import Choices
 
@@ -29,7 +31,10 @@ _SMALLEST = 1e-30
 
 def thought_boundaries(config: ModelConfig) -> int:
     """How many boundaries thoughts have: start and each layer's rows; in each form layers, tokens, weight, logits."""
-    return 1 + config.reasoning.layers + 2 * (config.reasoning.layers + 3) if config.reasoning and config.thinks else 0
+    if config.reasoning is None or not config.thinks:
+        return 0
+    rows = sum(len(state_tensors(config, layer)) for layer in range(config.num_layers, config.state_layers))
+    return 1 + rows + 2 * (config.reasoning.layers + 3)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class ThoughtComparison:
         heads: the reference, with the weights as the graph holds them, and as the checkpoint has them.
         shared: of each recording, what the graph handed to its head.
         free: the same of the free-running reference.
+        kept: the model with what it keeps as the graph does, of which the definition rounds nothing.
+        recorded: the recordings with rows as the graph keeps them.
     """
 
     def __init__(
@@ -79,7 +86,11 @@ class ThoughtComparison:
         heads: tuple[ThinkingHead, ThinkingHead],
         shared: Sequence[Mapping[str, torch.Tensor]],
         free: Sequence[Mapping[str, torch.Tensor]],
+        *,
+        kept: ModelConfig,
+        recorded: Sequence[Recording],
     ) -> None:
+        self.kept, self.recorded = kept, recorded
         self.config, self.precision, self.recordings = config, precision, recordings
         (self.head, self.exact), self.shared = heads, shared
         self.layers = range(config.num_layers, config.state_layers)
@@ -91,7 +102,8 @@ class ThoughtComparison:
     def run(self) -> Iterator[Boundary]:
         """Boundaries, one after another."""
         yield self._start()
-        yield from map(self._rows, self.layers)
+        for layer in self.layers:
+            yield from self._rows(layer)
         # Each form by itself: a defect of one alone would be diluted in the mean of both.
         for looped in (False, True):
             thoughts = [self._one(i, r, looped) for i, r in enumerate(self.recordings)]
@@ -121,17 +133,14 @@ class ThoughtComparison:
         derivation = "; ".join(p.derivation(self.precision) for p in paths) or "exact: the last layer's hidden states"
         return judge("thought start", found, wanted, limits, derivation)
 
-    def _rows(self, layer: int) -> Boundary:
+    def _rows(self, layer: int) -> Iterator[Boundary]:
         """What one layer keeps of every token."""
-        j, found, wanted = layer - self.config.num_layers, [], []
-        path = tolerance.row_path(self.config.thinker, j, "latent")
+        j, (tensor, *_) = layer - self.config.num_layers, state_tensors(self.kept, layer)
+        path = tolerance.row_path(self.config.thinker, j, tensor.name)
         error = tolerance.CONFIDENCE * self._error([path, *tolerance.hyper_paths(self.config)[:2]])
-        for r, rows in zip(self.recordings, self.rows, strict=True):
-            stored = torch.from_numpy(r.state[layer, "latent"])[len(r.before) :]
-            found.append(stored[: len(r.tokens)])
-            wanted.append(rows[j][0])
-        limits = [error * w.norm(dim=-1) for w in wanted]
-        return judge(f"reasoning {j} latent", found, wanted, limits, path.derivation(self.precision))
+        wanted = [rows[j][tensor.name][0] for rows in self.rows]
+        relative, derivation = [error] * len(wanted), path.derivation(self.precision)
+        yield from judge_rows(f"reasoning {j} latent", self.recorded, tensor, layer, wanted, relative, derivation)
 
     def _layer(self, name: str, thoughts: Sequence[_One], j: int) -> Boundary:
         """One layer in every step."""
@@ -160,7 +169,7 @@ class ThoughtComparison:
         entering: torch.Tensor = r.start_embedding if k == 1 else r.end_embedding
         if 1 < k < self.head.steps:
             entering = self.head.embed_tokens["weight"][torch.from_numpy(one.thinking.tokens[:, k - 2])]
-        stored: torch.dtype = getattr(torch, self.precision.activations)
+        stored = activations_of(self.precision)
         return (one.before(k) + entering).to(stored).float()
 
     def _tokens(self, name: str, thoughts: Sequence[_One]) -> Boundary:
@@ -251,7 +260,8 @@ class ThoughtComparison:
     def _free(self, free: Mapping[str, torch.Tensor], r: Recording) -> torch.Tensor:
         """Logits [n, V] of the thoughts of the free-running reference, which may think other tokens than the graph."""
         held = [torch.from_numpy(r.held[layer, "latent"])[None] for layer in self.layers]
-        latents = [torch.cat(pair, 1) for pair in zip(held, self.exact.rows(*self._last(free, r)), strict=True)]
+        rows = [one["latent"] for one in self.exact.rows(*self._last(free, r))]
+        latents = [torch.cat(pair, 1) for pair in zip(held, rows, strict=True)]
         at = len(r.before) + torch.arange(len(r.tokens))[None]
         return self.exact.think(self._collapsed(self.exact, free)[None], at, *latents).logits[0]
 

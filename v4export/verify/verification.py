@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 import psutil
 
-from v4export.checkpoint.audit import Weight
+from v4export.checkpoint.activation_scales import FILE as SCALES
+from v4export.checkpoint.activation_scales import check_checkpoint, read_scales, wanted_scales
+from v4export.checkpoint.audit import Weight, in_graph
 from v4export.config import ModelConfig
 from v4export.errors import NumbersDiffer
 from v4export.graphs.export import for_cpu, graphs_in
+from v4export.graphs.ranks import Plan, pieces
+from v4export.graphs.roundings import rounding_faults
 from v4export.package.bundle import Bundle
 from v4export.runtime.onnx import OnnxExecutor
 from v4export.verify.boundary import Boundary
@@ -109,19 +114,20 @@ def verify_bundle(
     config = bundle.config
     decode = min(decode, bundle.max_seq_len // 2)
     prompts = prompts or default_prompts(bundle.folder, config, bundle.max_seq_len - decode)
-    references = _references(bundle, weights, token_map)
+    scales = _scales(bundle)
+    references = _references(bundle, weights, token_map, scales)
     advance(references)
     batches = [[prompt] for prompt in prompts] + [list(prompts[:-1])] * (len(prompts) > 2)
     executor = _executor(bundle, device, bodies=False)
     recordings = [r for batch in batches for r in record(executor, config, batch, chunk=CHUNK, decode=decode)]
     recordings += _past_the_decoder(executor, config, prompts, CHUNK, decode)
-    bodies = device != "cpu" or bodies_fit(bundle)
+    bodies = device != "cpu" or (bodies_fit(bundle) and bundle.sharding is None)
     if device == "cpu" and bodies:
         executor = _executor(bundle, device, bodies=True)
         for batch in _for_bodies(config, prompts):
             recordings += record(executor, config, batch, chunk=BODIES_CHUNK, decode=min(decode, 2))
         recordings += _past_the_decoder(executor, config, [max(prompts, key=len)[:12]], BODIES_CHUNK, min(decode, 2))
-    boundaries = compare(weights, config, bundle.precision, recordings, advance, token_map)
+    boundaries = compare(weights, config, bundle.precision, recordings, advance, token_map, scales)
     return Verification(device, tuple(map(len, prompts)), decode, (references, *boundaries), bodies)
 
 
@@ -164,16 +170,34 @@ def _executor(bundle: Bundle, device: str, bodies: bool) -> OnnxExecutor:
         prepack=False,
         bodies=bodies,
         thought_taps=True,
+        sharding=bundle.sharding,
     )
 
 
-def _references(bundle: Bundle, weights: dict[str, Weight], token_map: np.ndarray | None) -> Boundary:
+def _scales(bundle: Bundle) -> dict[str, np.ndarray]:
+    """The scales by which inputs are rounded: those that came into the bundle, never the graph's own."""
+    if not bundle.precision.inputs:
+        return {}
+    file = bundle.folder / SCALES
+    stored = read_scales(file, bundle.config)
+    check_checkpoint(stored, file, bundle.manifest["checkpoint"]["header_sha256"])
+    return wanted_scales(stored.values, bundle.config, bundle.precision)
+
+
+def _references(
+    bundle: Bundle, weights: dict[str, Weight], token_map: np.ndarray | None, scales: dict[str, np.ndarray]
+) -> Boundary:
     """The check of every weight reference, as the first line of the report."""
-    graphs = tuple(file for name in graphs_in(bundle.folder) for file in (name, for_cpu(name)))
-    engram = bundle.config.engram
-    in_graph = {n: w for n, w in weights.items() if w.role != "engram_table" or (engram and engram.inside)}
-    found = check_references(bundle.folder, graphs, in_graph, bundle.precision)
+    engram, inside = bundle.config.engram, in_graph(weights, bundle.config)
+    each, names = [list(inside.values())], graphs_in(bundle.folder)
+    if bundle.sharding:
+        each = pieces(each[0], Plan.read(bundle.manifest["sharing"]))[1]
+    graphs = {file: each[i % len(each)] for i, name in enumerate(names) for file in (name, for_cpu(name))}
+    found = check_references(bundle.folder, graphs, inside, bundle.precision, scales)
     wrong = found.wrong
+    for name in graphs_in(bundle.folder) if bundle.precision.inputs else ():
+        both = (ir.load(bundle.folder / file) for file in (name, for_cpu(name)))
+        wrong += tuple(f"{name}: {fault}" for fault in rounding_faults(*both, bundle.config, bundle.precision))
     if engram and token_map is not None:
         wrong += engram_faults(bundle.folder, engram, weights, token_map)
     derivation = f"exact: {found.count} references to weights compared with the checkpoint, "

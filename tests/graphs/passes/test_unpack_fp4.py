@@ -14,7 +14,8 @@ from onnx_ir.passes import common
 from v4export.graphs.passes.unpack_fp4 import unpack_fp4
 from v4export.graphs.stamp import portable_bodies
 from v4export.plugins.function_body import OPSET, Body
-from v4export.plugins.moe_experts.op import FP4_BLOCK
+
+FP4_BLOCK = 32
 
 #: Every byte, once for each power of two that a checkpoint's E8M0 byte can mean.
 EXPONENTS = np.arange(-127, 128)

@@ -124,6 +124,7 @@ def test_an_op_is_called_with_its_node(op) -> None:
     lists = sum(str(a.type) == "List[Tensor]" for a in schema)
     tensors = [ir.Value(name=f"x{i}") for i in range(sum("Tensor" in str(a.type) for a in schema) - lists + 2 * lists)]
     values = {name: {"INT": 2, "FLOAT": 0.5, "STRING": "s"}[kind] for name, kind in op.attributes.items()}
+    values |= {"format": "nvfp4"} if "format" in values else {}  # that of most operands
     node = ir.Node(op.domain, op.op_type, tensors, ir.convenience.convert_attributes(values))
     found = arguments(node)
     assert [v for v in found if not isinstance(v, ir.Value | list)] == [values[name] for name in others]

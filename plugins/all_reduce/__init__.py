@@ -1,0 +1,1 @@
+"""The all_reduce op."""

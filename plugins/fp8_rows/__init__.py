@@ -1,0 +1,1 @@
+"""Numbers as E4M3 and back, as standard nodes that TensorRT takes."""

@@ -1,0 +1,1 @@
+"""The int4_dequantize op."""

@@ -1,0 +1,1 @@
+"""The round_to_fp8 op."""

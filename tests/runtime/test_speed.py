@@ -1,0 +1,67 @@
+"""What is measured of a bundle, and how it is named."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from command_line import call
+
+from v4export import api
+from v4export.errors import BadInput
+from v4export.runtime.speed import CHUNK, Speed, measure
+
+
+class Steps:
+    """An executor that only takes notes."""
+
+    max_seq_len, tail, trunk = 2000, None, None
+
+    def __init__(self):
+        self.seen: list[list[tuple[int, int]]] = []
+
+    def new_state(self, batch=1):
+        self.seen.append([])
+        return None
+
+    def step(self, tokens_BS, state, *, logits_at_BQ, **_):
+        self.seen[-1].append((tokens_BS.shape[1], logits_at_BQ.shape[1]))
+        return np.zeros((*logits_at_BQ.shape, 7), np.float32)
+
+
+def test_rates_by_hand():
+    speed = Speed(100, 3, (2.0, 4.0), (0.5, 0.5, 1.0, 1.0))
+    (pp, pp_off), (tg, tg_off) = speed.rates["pp100"], speed.rates["tg3"]
+    assert (pp, tg) == (37.5, 1.5) and pp_off == pytest.approx(17.677669) and tg_off == pytest.approx(0.7071067)
+    assert speed.latencies == {"TTFT": (3.0, pytest.approx(3.8)), "TPOT": (0.75, 1.0)}
+    assert [*Speed(5, 1, (1.0,), ()).rates] == ["pp5"]
+
+
+def test_prompts_are_fed_in_chunks_and_all_that_counts_is_told():
+    steps, told = Steps(), []
+    speed = measure(steps, 7, prompt_tokens=CHUNK + 3, new_tokens=4, repetitions=2, advance=told.append)
+    warm, *runs = steps.seen
+    assert warm == [(16, 1), (1, 1)] and runs == [[(CHUNK, 0), (3, 1), (1, 1), (1, 1), (1, 1)]] * 2
+    assert sum(told) == 2 * (CHUNK + 3 + 4) and len(speed.prefill_s) == 2 and len(speed.steps_s) == 6
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(1999, 3), (0, 1), (1, 0)])
+def test_what_cannot_be_measured_is_refused(prompt, new):
+    with pytest.raises(BadInput):
+        measure(Steps(), 7, prompt_tokens=prompt, new_tokens=new, repetitions=1)
+
+
+def test_command(capfd, tiny_bundle):
+    folder = tiny_bundle("fp32").folder
+    found = call(capfd, "bench", folder, "-p", 20, "-n", 4, "-r", 2)
+    assert found.code == 0 and found.err.startswith("bench ")
+    for row in (r"^pp20 +[\d.,]+ ± [\d.,]+$", r"^tg4 +[\d.,]+ ± ", r"^TTFT +[\d.,]+ +[\d.,]+$", r"^TPOT +[\d.,]+ +"):
+        assert re.search(row, found.out, re.MULTILINE), row
+    made = json.loads(call(capfd, "bench", folder, "-p", 20, "-n", 4, "-r", 2, "--json", "-q").out)
+    assert {*made["rates"]} == {"pp20", "tg4"} and {*made["latencies_s"]} == {"TTFT", "TPOT"}
+    assert len(made["prefill_s"]) == 2 and len(made["steps_s"]) == 6
+    assert call(capfd, "bench", folder, "-p", 2000).code == 2
+    with pytest.raises(BadInput, match="h200"):
+        api.bench(folder, device="h200")

@@ -1,0 +1,153 @@
+"""Text from a bundle, and bundles packaged for those who serve or embed them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from v4export.chat import ChatTemplate, Conversation, read_answer
+from v4export.config import ModelConfig
+from v4export.cpp import verb as cpp_packaging
+from v4export.errors import BadInput
+from v4export.package.bundle import Bundle
+from v4export.runtime.generate import Generation, run_text
+from v4export.runtime.onnx import OnnxExecutor
+from v4export.runtime.pausing import Pausing
+from v4export.runtime.sampling import Sampling
+from v4export.runtime.tokenizer import load_tokenizer
+from v4export.serve.limits import Limits
+from v4export.serve.repository import Packaged, write_repository
+
+_IMAGE = "it stands for an image, and text alone is exported"
+
+
+def run(
+    folder: str | Path,
+    *,
+    prompt: str | None = None,
+    prompt_file: Path | None = None,
+    chat: bool = False,
+    messages: Path | None = None,
+    thinking: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+    skip_decoder: bool = False,
+    think: str | None = None,
+    think_threshold: float | None = None,
+    threads: int = 0,
+    accuracy_level: int = 0,
+    device: str = "cpu",
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Generate text from a bundle with onnxruntime; ``on_text`` is told text as it comes.
+
+    With ``chat``, the prompt is a question, and with ``messages``, a JSON file of them, a conversation goes on: by the
+    checkpoint's chat template, or its family's; ``thinking`` lets the model reason first. The result has an ``answer``.
+    With ``skip_decoder``, all but the last tokens of a prompt pass only the layers before the decoder (V4.1). A model
+    with reasoning layers pauses to ``think``: a number of steps before every token, ``auto`` where it is not sure
+    (``think_threshold`` in place of the manifest's), or ``off``; ``auto`` unless given. With an ``accuracy_level`` of
+    4, matrices of integers are multiplied by activations in eight bits (``v4export.runtime.sessions.Running``).
+    """
+    if sum(one is not None for one in (prompt, prompt_file, messages)) != 1:
+        raise BadInput("a prompt is needed, once", fix="give --prompt TEXT, --prompt-file FILE or --messages FILE")
+    bundle = Bundle.open(Path(folder))
+    talk = Conversation.read(messages) if messages else None
+    if talk is None:
+        text = prompt if prompt is not None else _text_of(Path(prompt_file or ""))
+        talk = Conversation.asking(text) if chat else None
+    if talk:
+        text = talk.prompt(ChatTemplate.of(bundle.folder, bundle.config), thinking)
+    pausing = Pausing.read(think, bundle.thinking, think_threshold)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    tokenizer = load_tokenizer(bundle.folder)
+    generation = run_text(
+        OnnxExecutor(
+            bundle.folder,
+            bundle.config,
+            bundle.precision,
+            max_seq_len=bundle.max_seq_len,
+            device=device,
+            threads=threads,
+            accuracy_level=accuracy_level,
+            sharding=bundle.sharding,
+        ),
+        tokenizer,
+        text,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_strings=stop,
+        stop_ids=frozenset(bundle.config.eos_token_ids),
+        ignore_eos=ignore_eos,
+        skip_decoder=skip_decoder,
+        pausing=pausing,
+        refused_ids=_refused_ids(bundle.config),
+        framed=talk is not None,
+        on_text=on_text,
+    )
+    if talk is None:
+        return generation
+    said = tokenizer.decode(generation.tokens, skip_special_tokens=False)
+    return replace(generation, answer=read_answer(said, talk.thinks(thinking)))
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {file}", str(error), "give a text file in UTF-8") from error
+
+
+def _refused_ids(config: ModelConfig) -> dict[int, str]:
+    """Tokens that a prompt may not have, and why."""
+    return {} if config.image_token_id is None else {config.image_token_id: _IMAGE}
+
+
+def package_cpp(folder: str | Path, out: str | Path) -> cpp_packaging.CppPackage:
+    """Write a CMake project that runs a bundle from C++, ids in and out; see ``v4export.cpp.verb.package``."""
+    bundle = Bundle.open(Path(folder))
+    return cpp_packaging.package(bundle, Path(out), _refused_ids(bundle.config))
+
+
+def package(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    device: str = "cpu",
+    slots: int = Limits.slots,
+    queue: int = Limits.queue,
+    chunk: int = Limits.chunk,
+    max_tokens: int = 256,
+    threads: int = 0,
+) -> Packaged:
+    """Write a model repository that a stock Triton Inference Server loads: text in, streamed text out.
+
+    Args:
+        folder: of the bundle.
+        out: the repository, which must not exist.
+        name: of the model; the bundle's folder's unless given.
+        device: that onnxruntime runs on in the server.
+        slots: sequences that get tokens at the same time.
+        queue: requests that may wait for one.
+        chunk: the most prompt tokens read between two tokens of others.
+        max_tokens: new tokens where a client names no number.
+        threads: of onnxruntime; 0 lets it choose.
+
+    Raises:
+        BadInput: it is no bundle or has changed, it has no tokenizer, or ``out`` exists.
+    """
+    return write_repository(
+        Bundle.open(Path(folder)),
+        Path(out),
+        name=name,
+        device=device,
+        limits=Limits(slots, queue, chunk),
+        max_tokens=max_tokens,
+        threads=threads,
+    )

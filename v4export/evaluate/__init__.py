@@ -1,0 +1,1 @@
+"""What recipes cost in quality: perplexity, divergence from float32, and the error of every layer."""

@@ -1,0 +1,113 @@
+"""How fast a bundle runs here: a prompt and tokens after it, as llama-bench measures them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from v4export.errors import BadInput
+from v4export.runtime.generate import Executor
+
+#: Prompt tokens of a step, as in ``generate``.
+CHUNK = 512
+_WARM_UP = 16
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured.
+
+    Attributes:
+        prompt_tokens, new_tokens: of a repetition.
+        prefill_s: seconds of each repetition's prompt, to the logits of its first new token.
+        steps_s: seconds of each step after that, of all repetitions.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_s: tuple[float, ...]
+    steps_s: tuple[float, ...]
+
+    @property
+    def rates(self) -> dict[str, tuple[float, float]]:
+        """Tokens a second, mean and standard deviation over repetitions, by llama-bench's names of tests."""
+        steps = self.new_tokens - 1
+        decodes = [sum(self.steps_s[i : i + steps]) for i in range(0, len(self.steps_s), steps)] if steps else []
+        return {
+            f"pp{self.prompt_tokens}": _spread([self.prompt_tokens / s for s in self.prefill_s]),
+            **({f"tg{self.new_tokens}": _spread([steps / s for s in decodes])} if decodes else {}),
+        }
+
+    @property
+    def latencies(self) -> dict[str, tuple[float, float]]:
+        """Seconds to the first token, and for each one after it: what half of them, and nine in ten, stay under."""
+        named = {"TTFT": self.prefill_s, "TPOT": self.steps_s}
+        return {name: (_percentile(s, 50), _percentile(s, 90)) for name, s in named.items() if s}
+
+
+def measure(
+    executor: Executor,
+    vocabulary: int,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    repetitions: int,
+    advance: Callable[[float], None] = lambda _: None,
+) -> Speed:
+    """Run random prompts, and the likeliest tokens after them; a short run ahead is not counted.
+
+    ``advance`` is told the tokens that were just run, in all ``repetitions`` times both numbers.
+
+    Raises:
+        BadInput: the executor holds fewer tokens, or a number is below 1.
+    """
+    if min(prompt_tokens, new_tokens, repetitions) < 1:
+        raise BadInput("there is nothing to measure", f"{prompt_tokens} + {new_tokens} tokens, {repetitions} times")
+    if prompt_tokens + new_tokens - 1 > executor.max_seq_len:
+        raise BadInput(
+            "prompt and new tokens are longer than the bundle was built for",
+            f"{prompt_tokens} + {new_tokens} tokens, max_seq_len is {executor.max_seq_len}",
+            "give smaller -p and -n, or build with a larger --max-seq-len",
+        )
+    draw = np.random.default_rng(0)
+    _run(executor, draw.integers(0, vocabulary, min(prompt_tokens, _WARM_UP)), min(new_tokens, 2), lambda _: None)
+    prefills, steps = [], []
+    for _ in range(repetitions):
+        first, *rest = _run(executor, draw.integers(0, vocabulary, prompt_tokens), new_tokens, advance)
+        prefills.append(first)
+        steps += rest
+    return Speed(prompt_tokens, new_tokens, tuple(prefills), tuple(steps))
+
+
+def _run(executor: Executor, prompt: np.ndarray, new_tokens: int, advance: Callable[[float], None]) -> list[float]:
+    """Seconds to each new token from the one before it, and to the first from the beginning."""
+    state = executor.new_state(1)
+    seconds, start = [], time.perf_counter()
+    for at in range(0, len(prompt), CHUNK):
+        chunk = prompt[None, at : at + CHUNK]
+        last = at + CHUNK >= len(prompt)
+        wanted = np.full((1, 1), chunk.shape[1] - 1) if last else np.zeros((1, 0), np.int64)
+        logits = executor.step(chunk, state, logits_at_BQ=wanted)
+        advance(chunk.shape[1])
+    for number in range(new_tokens):
+        token = logits[:, -1].argmax(-1)[:, None]
+        now = time.perf_counter()
+        seconds.append(now - start)
+        start = now
+        advance(1)
+        if number + 1 < new_tokens:
+            logits = executor.step(token, state, logits_at_BQ=np.zeros((1, 1), np.int64))
+    return seconds
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _percentile(values: Sequence[float], percent: float) -> float:
+    return float(np.percentile(values, percent))

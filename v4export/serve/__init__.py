@@ -1,0 +1,1 @@
+"""Serving bundles: many requests at a time over one executor, and a model repository for Triton Inference Server."""

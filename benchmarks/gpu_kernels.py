@@ -114,7 +114,7 @@ class Bench:
             return None
         click.echo(f"{named(shape)}: {1e6 * found.kernel:.1f} us", err=True)
         if self.within(1.0):
-            self.compare(found, EAGER, turns, lambda one: [eager(OP[one.op].torch_op)])
+            self.compare(found, EAGER, turns, lambda one: [self.reference(one.op)])
             self.compare(found, TRITON, turns, in_triton)
         return found
 
@@ -137,18 +137,27 @@ class Bench:
         graphed = found.row.op not in WAITS
         for way in ways(found.row) if turns else ():
             try:
-                with torch.device(self.device):
-                    taken = self.timer.seconds(calls(way, turns), graphed)
+                taken = self.timer.seconds(calls(way, turns), graphed)
                 found.others[column] = min(taken, found.others.get(column, taken))
             except Exception as reason:  # whatever another's compiler or memory did: the row stays without it
                 click.echo(f"{named(found.row)}, {column}: {first_line(reason)}", err=True)
+
+    def reference(self, op: str) -> Callable[..., Any]:
+        """The op without kernels; what it makes anew is on the GPU."""
+        plain = eager(OP[op].torch_op)
+
+        def there(*args: Any) -> Any:
+            with torch.device(self.device):
+                return plain(*args)
+
+        return there
 
     def _compiled(self, shape: Row) -> list[Callable[..., Any]]:
         """One for all shapes of an op, so that PyTorch can leave dimensions open."""
         if shape.op in WAITS:
             return []
         if shape.op not in self.compiled:
-            self.compiled[shape.op] = torch.compile(eager(OP[shape.op].torch_op))
+            self.compiled[shape.op] = torch.compile(self.reference(shape.op))
         return [self.compiled[shape.op]]
 
 
@@ -186,7 +195,8 @@ def release() -> None:
 
 
 def first_line(reason: BaseException) -> str:
-    return f"{type(reason).__name__}: {str(reason).strip().splitlines()[0][:100] if str(reason).strip() else ''}"
+    said = [line for line in str(reason).splitlines() if line.strip()][:3]
+    return " ".join([f"{type(reason).__name__}:", *(line[:400] for line in said)])
 
 
 def named(shape: Row) -> str:
@@ -237,9 +247,10 @@ def note(machine: str, rates: Rates, command: str) -> str:
 
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True, help="A few shapes of each op.")
+@click.option("--seconds", type=float, default=SECONDS, show_default=True, help="After them nothing is compared.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write what was measured there.")
 @click.option("--into", type=click.Path(path_type=Path), default=PAGE, help="Page whose measured part is replaced.")
-def main(quick: bool, json_path: Path | None, into: Path) -> None:
+def main(quick: bool, seconds: float, json_path: Path | None, into: Path) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("PyTorch finds no CUDA device")
     from gpu_timing import Timer, machine
@@ -247,7 +258,7 @@ def main(quick: bool, json_path: Path | None, into: Path) -> None:
     # For all shapes of an op; beyond it PyTorch would run the reference as it is and not say so.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    bench = Bench(Timer(), "cuda", QUICK_SECONDS if quick else SECONDS)
+    bench = Bench(Timer(), "cuda", QUICK_SECONDS if quick else seconds)
     rates, found = bench.rates(), bench.measure(list(rows(quick)))
     command = " ".join(["python", "benchmarks/gpu_kernels.py", *sys.argv[1:]])
     written = [note(machine(), rates, command), *tables(found, rates)]

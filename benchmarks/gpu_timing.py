@@ -16,10 +16,10 @@ from v4export.plugins.kernels.kernel import Kernel
 
 Call = Callable[[], object]
 EMPTY = Kernel("Empty", Path(__file__).with_name("empty.cu"), ("x int32 N",), ("y int32 N",), threads=lambda _: 32)
-#: Calls of a graph, seconds between two events, and how often these are taken.
+#: Most calls of a graph, seconds between two events, and how often these are taken.
 _CALLS, _SECONDS, _ROUNDS = 64, 5e-3, 5
-#: Calls that take longer are launched one by one: the GPU hides what launching costs.
-_LONG = 2e-3
+#: Seconds that a graph's calls should take; one of a long call has few.
+_LONG = 0.1
 
 
 class Timer:
@@ -42,8 +42,8 @@ class Timer:
         for one in (*calls, calls[0]):
             one()
         about, turns = self._between(calls[0]), itertools.cycle(calls)
-        if graphed and about < _LONG:
-            graph, count = torch.cuda.CUDAGraph(), max(_CALLS, len(calls))
+        if graphed:
+            graph, count = torch.cuda.CUDAGraph(), max(len(calls), min(_CALLS, math.ceil(_LONG / about)))
             with torch.cuda.graph(graph):
                 for one in itertools.islice(turns, count):
                     one()

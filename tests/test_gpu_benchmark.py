@@ -119,7 +119,7 @@ class Graph:
         self.gpu.at += self.taken
 
 
-@pytest.mark.parametrize(("seconds", "graphed", "graphs"), [(3e-6, True, 1), (3e-6, False, 0), (1e-2, True, 0)])
+@pytest.mark.parametrize(("seconds", "graphed", "graphs"), [(3e-6, True, 1), (3e-6, False, 0), (1e-2, True, 1)])
 def test_the_time_of_a_call(seconds: float, graphed: bool, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Graph.gpu = Counted(seconds)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)

@@ -10,7 +10,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 def pairs(packed: torch.Tensor, table: tuple[float, ...]) -> torch.Tensor:
     """float32 [N, K] of uint8 [N, K/2], the even column in the low bits, by a table of 16 numbers."""
-    numbers = torch.tensor(table)
+    numbers = torch.tensor(table, device=packed.device)
     return torch.stack([numbers[(packed & 15).long()], numbers[(packed >> 4).long()]], -1).flatten(-2)
 
 

@@ -15,7 +15,8 @@ from v4export.plugins.kernels.store import stored
 
 #: Of GPUs from Ampere on: the driver compiles it for the one that it finds.
 PTX_TARGET = "compute_80"
-_OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--device-as-default-execution-space")
+# Its own cache, which it has where there is a driver, keeps no log.
+_OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--device-as-default-execution-space", "--no-cache")
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SPILLED = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill"

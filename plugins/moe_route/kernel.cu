@@ -8,6 +8,7 @@
 #include "scores.cuh"
 
 #define GROUP (DIM_E / GROUPS)
+#define KEPT ((DIM_K + 31) / 32)
 
 __device__ __forceinline__ bool better(float a, int i, float b, int j) { return a > b || (a == b && i < j); }
 
@@ -77,6 +78,7 @@ moe_route(const float* __restrict__ logits, const float* __restrict__ bias, int 
       if (!kept) choice[j] = LOWEST_FLOAT;
     }
   }
+  float sum = 0, taken[KEPT];
   for (int k = 0; k < DIM_K; ++k) {
     const int expert = best_expert(choice);
     float score = 0;
@@ -84,12 +86,14 @@ moe_route(const float* __restrict__ logits, const float* __restrict__ bias, int 
     for (int j = 0; j < EACH; ++j)
       if (32 * j + lane == expert) score = scores[j], choice[j] = NEGATIVE_INFINITY;
     score = shuffle(score, expert % 32);
-    if (lane == 0) weights[(long long)token * DIM_K + k] = score, indices[(long long)token * DIM_K + k] = expert;
+    sum += score;
+#pragma unroll
+    for (int j = 0; j < KEPT; ++j)
+      if (32 * j + lane == k) taken[j] = score;
+    if (lane == 0) indices[(long long)token * DIM_K + k] = expert;
   }
-  __syncwarp();
-  float sum = 0;
-  for (int k = 0; k < DIM_K; ++k) sum += weights[(long long)token * DIM_K + k];
-  __syncwarp();
-  for (int k = lane; k < DIM_K; k += 32)
-    weights[(long long)token * DIM_K + k] *= NORM ? SCALE / (sum + 1e-20f) : SCALE;
+#pragma unroll
+  for (int j = 0; j < KEPT; ++j)
+    if (32 * j + lane < DIM_K)
+      weights[(long long)token * DIM_K + 32 * j + lane] = taken[j] * (NORM ? SCALE / (sum + 1e-20f) : SCALE);
 }

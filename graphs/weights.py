@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -28,7 +28,9 @@ from v4export.checkpoint.narrow import Narrow, narrow, outer_scale
 from v4export.checkpoint.tensor import DTYPES, StoredTensor
 from v4export.errors import BadInput, NotSupported
 from v4export.precision import Format, Precision, module_path
-from v4export.units import At, Units, content
+from v4export.units import At, Units, content, hashed
+
+T, U = TypeVar("T"), TypeVar("U")
 
 FOLDER = "weights"
 #: How the names of the files begin that hold converted tensors.
@@ -396,16 +398,33 @@ def write(
 ) -> dict[str, Placed]:
     """Write tensors, row by row, into files ``weights/STEM-*.safetensors``, a unit each; where each lies."""
     placed: dict[str, Placed] = {}
-    for number, shard in enumerate(_shards(conversions), 1):
+    for number, (shard, depends) in enumerate(_ahead(_depends, _shards(conversions)), 1):
         location = f"{FOLDER}/{stem}-{number:05}.safetensors"
         header, lie = _laid_out(shard, location)
-        depends = [(c.name, c.dtype, c.shape, c.depends()) for c in shard]
         if units.find(location, depends, bool):
             advance(sum(c.nbytes for c in shard))
         else:
             units.make(location, depends, functools.partial(_write, shard, header, location, advance))
         placed |= lie
     return placed
+
+
+def _depends(shard: Sequence[Conversion]) -> str:
+    """All that a shard's bytes follow from: a hash, since a shard may have tens of thousands of tensors."""
+    return hashed([(c.name, c.dtype, c.shape, c.depends()) for c in shard])
+
+
+def _ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:
+    """Each item with what the function makes of it, which a thread does while the item before is worked on."""
+    with ThreadPoolExecutor(1) as thread:
+        before: tuple[T, Future[U]] | None = None
+        for item in items:
+            after = item, thread.submit(function, item)
+            if before:
+                yield before[0], before[1].result()
+            before = after
+        if before:
+            yield before[0], before[1].result()
 
 
 def _shards(conversions: Sequence[Conversion]) -> Iterator[list[Conversion]]:

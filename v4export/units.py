@@ -146,7 +146,7 @@ class Units:
         return self.make(name, depends, making) if found is None else found
 
     def _key(self, name: str, depends: Any) -> str:
-        return hashlib.sha256(to_json([name, self._common, depends]).encode()).hexdigest()
+        return hashed([name, self._common, depends])
 
     def _note(self, record: _Record) -> None:
         self._here[record.name] = record
@@ -191,6 +191,11 @@ class Units:
             journal.flush()
             os.fsync(journal.fileno())
         synced(self._home)
+
+
+def hashed(value: Any) -> str:
+    """sha256 of a value as JSON."""
+    return hashlib.sha256(to_json(value).encode()).hexdigest()
 
 
 def content(file: Path, offset: int, nbytes: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from small_models import small
 from v4export import api
 from v4export.checkpoint.synth import synth
 from v4export.graphs.lower import lower_for_engine
+from v4export.graphs.weights import Conversion, Placed, write
 from v4export.plugins.kernels.emulate import compiler
 from v4export.plugins.kernels.kernel import PLAIN_SHARED, Launch
+from v4export.units import Units
 
 DRIVER = Path(__file__).with_name("aot_driver.py")
 pytestmark = [
@@ -63,11 +65,13 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def driven(preset: str, precision: str, stubs: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """What TensorRT's code makes of each kind of node of a model."""
-    graph = (
-        api.export(synth(small(preset), folder / "hub"), folder / "out", precision=precision).bundle.folder
-        / "model.onnx"
-    )
-    model, kept = lower_for_engine(graph, lambda _: True, PLAIN_SHARED, dict)
+    out = api.export(synth(small(preset), folder / "hub"), folder / "out", precision=precision).bundle.folder
+    graph = out / "model.onnx"
+
+    def written(conversions: Sequence[Conversion]) -> dict[str, Placed]:
+        return write(conversions, Units(out), "tensorrt", lambda _: None)
+
+    model, kept = lower_for_engine(graph, lambda _: True, PLAIN_SHARED, written)
     assert kept == {}
     ir.save(model, graph.with_suffix(".tensorrt.onnx"))
     command = [sys.executable, str(DRIVER), str(graph.with_suffix(".tensorrt.onnx")), str(stubs)]

@@ -13,6 +13,7 @@ TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 # The server of nvidia-pytriton wants an older NumPy than everything else.
 SERVED := build/triton
 SERVING := $(SERVED)/.installed
+SERVER := OMP_NUM_THREADS=1 $(SERVED)/bin/pytest tests/serve/test_triton_server.py
 
 .PHONY: help demo test check lint bench docs triton clean
 .DEFAULT_GOAL := help
@@ -35,8 +36,9 @@ demo: $(READY)  ## Build the example checkpoint to fp8 with an engine, generate 
 	@echo
 	@echo "The report: demo-out/report.html"
 
-test: lint  ## Run everything that needs no GPU: quick tests, oracles, engines, whole builds.
-	$(TWO) -m 'not gpu' --durations=10
+test: lint $(SERVING)  ## Run everything that needs no GPU: quick tests, oracles, engines, whole builds, a real server.
+	$(TWO) -m 'not gpu' --durations=60
+	$(SERVER)
 
 check: $(READY)  ## Run the quick tests.
 	$(TWO) -m 'not slow and not gpu'
@@ -61,7 +63,7 @@ $(SERVING): pyproject.toml
 	@touch $@
 
 triton: $(SERVING)  ## Test a packaged bundle in a real Triton Inference Server, in an environment of its own.
-	OMP_NUM_THREADS=1 $(SERVED)/bin/pytest tests/serve
+	$(SERVER)
 
 clean:  ## Remove what the targets made.
 	rm -rf demo-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,8 +37,8 @@ FIELDS: dict[str, tuple[str, str, Any]] = {
     "top_k": ("top_k", "INT32", np.int32),
     "seed": ("seed", "INT64", np.int64),
 }
-#: gRPC's status -> HTTP's.
-STATUS = {"INVALID_ARGUMENT": 400, "UNIMPLEMENTED": 400, "NOT_FOUND": 404, "UNAVAILABLE": 503}
+#: gRPC's status, with which the model's messages begin -> HTTP's.
+STATUS = {"INVALID_ARGUMENT": 400, "UNIMPLEMENTED": 400, "NOT_FOUND": 404, "UNAVAILABLE": 503, "INTERNAL": 500}
 
 
 class Asked:
@@ -81,7 +81,7 @@ async def chat(request: Request) -> Response:
         # The first piece says whether the request is taken, while the status can still be another one.
         first = await anext(pieces)
     except InferenceServerException as error:
-        return refused(str(error.message()), STATUS.get(str(error.status()).rpartition(".")[2], 500))
+        return refused(*told(error))
     if asked.stream:
         return StreamingResponse(events(first, pieces, asked), media_type="text/event-stream")
     parts = [first, *[piece async for piece in pieces]]
@@ -94,6 +94,13 @@ async def chat(request: Request) -> Response:
     choice = {"index": 0, "message": {"role": "assistant", "content": whole.content, **grown(whole)}}
     choice["finish_reason"] = reason
     return JSONResponse(envelope("chat.completion", asked, choices=[choice], usage=usage))
+
+
+def told(error: InferenceServerException) -> tuple[str, int]:
+    """An error's text and HTTP's code for it. Errors of a stream have a status only in their text, at its beginning."""
+    text, status = str(error.message()), str(error.status() or "").rpartition(".")[2]
+    begin, _, rest = text.partition(": ")
+    return (text, STATUS.get(status, 500)) if status else (rest if begin in STATUS else text, STATUS.get(begin, 500))
 
 
 async def models(request: Request) -> Response:
@@ -112,8 +119,7 @@ async def answer(client: Any, model: str, asked: Asked) -> AsyncIterator[Piece]:
         yield {"model_name": model, "inputs": asked.inputs, "enable_empty_final_response": True}
 
     read, reason, usage, called = AnswerStream(asked.thinking), "stop", None, False
-    # Errors with their status, which streams do not have otherwise.
-    replies = client.stream_infer(requests(), headers={"triton_grpc_error": "true"})
+    replies = client.stream_infer(requests())
     try:
         async for result, error in replies:
             if error is not None:

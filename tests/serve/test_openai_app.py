@@ -53,7 +53,7 @@ class Played:
     def __init__(self, *pieces: Any) -> None:
         self.pieces, self.asked, self.cancelled = pieces, None, False
 
-    def stream_infer(self, requests: Any, headers: Any) -> Any:
+    def stream_infer(self, requests: Any) -> Any:
         played = self
 
         class Stream:
@@ -116,16 +116,17 @@ def test_calls_of_tools(client):
 @pytest.mark.parametrize(
     ("status", "code", "kind"),
     [
-        ("StatusCode.INVALID_ARGUMENT", 400, "invalid_request_error"),
-        ("StatusCode.UNAVAILABLE", 503, "server_error"),
-        ("StatusCode.INTERNAL", 500, "server_error"),
+        ("INVALID_ARGUMENT", 400, "invalid_request_error"),
+        ("UNAVAILABLE", 503, "server_error"),
+        ("INTERNAL", 500, "server_error"),
     ],
 )
 def test_what_triton_refuses(client, status, code, kind):
-    http, _ = client(InferenceServerException("no room", status))
-    for stream in (False, True):
-        found = http.post("/v1/chat/completions", json=HELLO | {"stream": stream})
-        assert (found.status_code, found.json()["error"]) == (code, {"message": "no room", "type": kind})
+    for error in (InferenceServerException(f"{status}: no room"), InferenceServerException("no room", f"S.{status}")):
+        http, _ = client(error)
+        for stream in (False, True):
+            found = http.post("/v1/chat/completions", json=HELLO | {"stream": stream})
+            assert (found.status_code, found.json()["error"]) == (code, {"message": "no room", "type": kind})
 
 
 def test_an_error_in_the_middle_of_a_stream(client):

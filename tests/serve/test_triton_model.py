@@ -94,7 +94,7 @@ def test_a_failure_is_the_last_response(sender):
     send, responses = sender
     send(Failed(QueueFull("full", "3 wait")))
     ((only, flags),) = responses.sent
-    assert flags == 1 and (only.error.text, only.error.code) == ("full\n  3 wait", TritonError.UNAVAILABLE)
+    assert flags == 1 and (only.error.text, only.error.code) == ("UNAVAILABLE: full\n  3 wait", TritonError.UNAVAILABLE)
     responses.cancelled = True
     assert send.is_cancelled()
 
@@ -102,12 +102,12 @@ def test_a_failure_is_the_last_response(sender):
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (BadInput("bad"), TritonError.INVALID_ARG, "bad"),
-        (NotSupported("no"), TritonError.UNSUPPORTED, "no"),
-        (Closed("closed"), TritonError.UNAVAILABLE, "closed"),
-        (Cancelled("gone"), TritonError.CANCELLED, "gone"),
-        (NotEnough("memory"), TritonError.INTERNAL, "memory"),
-        (ZeroDivisionError("x"), TritonError.INTERNAL, "ZeroDivisionError: x"),
+        (BadInput("bad"), TritonError.INVALID_ARG, "INVALID_ARGUMENT: bad"),
+        (NotSupported("no"), TritonError.UNSUPPORTED, "UNIMPLEMENTED: no"),
+        (Closed("closed"), TritonError.UNAVAILABLE, "UNAVAILABLE: closed"),
+        (Cancelled("gone"), TritonError.CANCELLED, "CANCELLED: gone"),
+        (NotEnough("memory"), TritonError.INTERNAL, "INTERNAL: memory"),
+        (ZeroDivisionError("x"), TritonError.INTERNAL, "INTERNAL: ZeroDivisionError: x"),
     ],
 )
 def test_errors(error, code, text):

@@ -174,22 +174,21 @@ def test_malformed_requests(server, alone, body, match):
     with pytest.raises(urllib.error.HTTPError, match="400") as refused:
         server.post(**body)
     assert match in refused.value.read().decode()
-    with Stream(server, triton_grpc_error="true") as stream:
+    with Stream(server) as stream:
         stream.ask(**body)
-        with pytest.raises(Exception, match=match) as refused:
+        with pytest.raises(Exception, match=f"INVALID_ARGUMENT: (.|\n)*{match}"):
             stream.next()
-        assert "INVALID_ARGUMENT" in str(refused.value.status())
     assert server.streamed(text_input=PROMPT, max_tokens=4) == alone(PROMPT, 4)
 
 
 def test_a_full_queue_is_unavailable(small, alone):
     def ask(_: int) -> str:
-        with Stream(small, triton_grpc_error="true") as stream:
+        with Stream(small) as stream:
             stream.ask(text_input=PROMPT, max_tokens=200, ignore_eos=True)
             try:
                 return "" if stream.answer() == wanted else "differs"
             except Exception as error:
-                return f"{error.status()} {error.message()}"
+                return error.message()
 
     # Without its end token, as it is asked for here.
     with small.post(text_input=PROMPT, max_tokens=200, ignore_eos=True) as response:

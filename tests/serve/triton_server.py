@@ -172,13 +172,13 @@ def events(response: Any) -> Iterator[dict[str, Any]]:
 class Stream:
     """One gRPC stream. A context manager."""
 
-    def __init__(self, server: Server, **headers: str) -> None:
+    def __init__(self, server: Server) -> None:
         import tritonclient.grpc as grpc
 
         self._grpc, self._model = grpc, server.model
         self._client = grpc.InferenceServerClient(f"127.0.0.1:{server.grpc}")
         self.heard: queue.Queue[tuple[Any, Any]] = queue.Queue()
-        self._client.start_stream(lambda result, error: self.heard.put((result, error)), headers=headers or None)
+        self._client.start_stream(lambda result, error: self.heard.put((result, error)))
 
     def __enter__(self) -> Stream:
         return self

@@ -27,13 +27,14 @@ from v4export.serve.scheduler import Scheduler
 
 #: Where the bundle lies in a version's folder.
 BUNDLE = "bundle"
-#: Error -> Triton's code for it, by the name that the Python backend has.
+#: Error -> Triton's code for it, by the name that the Python backend has; and gRPC's name of that.
 CODES = (
-    (BadInput, "INVALID_ARG"),
-    (NotSupported, "UNSUPPORTED"),
-    (QueueFull, "UNAVAILABLE"),
-    (Closed, "UNAVAILABLE"),
-    (Cancelled, "CANCELLED"),
+    (BadInput, "INVALID_ARG", "INVALID_ARGUMENT"),
+    (NotSupported, "UNSUPPORTED", "UNIMPLEMENTED"),
+    (QueueFull, "UNAVAILABLE", "UNAVAILABLE"),
+    (Closed, "UNAVAILABLE", "UNAVAILABLE"),
+    (Cancelled, "CANCELLED", "CANCELLED"),
+    (Exception, "INTERNAL", "INTERNAL"),
 )
 _PUBLISH_S = 0.25
 _PREFIX = "v4export_"
@@ -194,10 +195,13 @@ def _single(name: str, values: list[Any]) -> Any:
 
 
 def triton_error(utilities: Any, error: Exception) -> Any:
-    """Triton's form of an error; one that nobody foresaw is internal."""
-    code = next((code for kind, code in CODES if isinstance(error, kind)), "INTERNAL")
+    """Triton's form of an error; one that nobody foresaw is internal.
+
+    The text begins with gRPC's name of the code, since streams have no other place for it.
+    """
+    code, status = next(names for kind, *names in CODES if isinstance(error, kind))
     text = str(error) if isinstance(error, V4Error) else f"{type(error).__name__}: {error}"
-    return utilities.TritonError(text, getattr(utilities.TritonError, code))
+    return utilities.TritonError(f"{status}: {text}", getattr(utilities.TritonError, code))
 
 
 def check_arrays(utilities: Any) -> None:

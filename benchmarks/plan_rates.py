@@ -19,7 +19,8 @@ from v4export.checkpoint.audit import Weight
 from v4export.checkpoint.scan import not_finite
 from v4export.checkpoint.tensor import read_header
 from v4export.graphs.repacked import linear
-from v4export.graphs.weights import Conversion, decide, write
+from v4export.graphs.shards import Conversion, write
+from v4export.graphs.weights import decide
 from v4export.precision import FORMATS, Precision
 
 ROWS, COLUMNS = 4096, 4096

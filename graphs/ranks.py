@@ -19,10 +19,11 @@ from v4export.config import ModelConfig
 from v4export.config.sharding import Sharding
 from v4export.errors import BadInput, NotSupported
 from v4export.graphs.lint import Lint, lint
+from v4export.graphs.shards import Placed
 from v4export.graphs.split import split
 from v4export.graphs.stamp import stamp
 from v4export.graphs.trace import CALLER, DECODER_START, Part
-from v4export.graphs.weights import Placed, as_a_rank_names
+from v4export.graphs.weights import as_a_rank_names
 from v4export.precision import Precision
 
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")

@@ -10,8 +10,9 @@ from v4export.checkpoint.formats import grid
 from v4export.checkpoint.names import SCALE
 from v4export.config import ModelConfig
 from v4export.errors import NotSupported
+from v4export.graphs.shards import EXPONENTS, numpy_dtype
 from v4export.graphs.variants import roles
-from v4export.graphs.weights import EXPONENTS, SCALE_2, numpy_dtype
+from v4export.graphs.weights import SCALE_2
 from v4export.plugins.block_dequantize.onnx import OP_TYPE as BLOCK_DEQUANTIZE
 from v4export.plugins.block_dequantize.onnx import at_least_two_blocks
 from v4export.plugins.int4_dequantize.onnx import OP_TYPE as INT4_DEQUANTIZE

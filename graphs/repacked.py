@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from v4export.checkpoint.audit import Weight
 from v4export.checkpoint.names import SCALE
-from v4export.graphs.weights import Conversion, Placed, write
+from v4export.graphs.shards import Conversion, Placed, write
 from v4export.precision import MULTIPLIED_IN_PARTS, Format, Precision
 from v4export.units import Units, content
 

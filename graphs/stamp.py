@@ -16,9 +16,9 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 
 from v4export.checkpoint.pieces import Share
 from v4export.config import ModelConfig
+from v4export.graphs.shards import Placed, numpy_dtype
 from v4export.graphs.trace import CALLER, DECODER_START, ENTRIES, ROWS, Part
 from v4export.graphs.variants import kind_of
-from v4export.graphs.weights import Placed, numpy_dtype
 from v4export.model.block import STATE, block_shares
 from v4export.model.load import hub_name
 from v4export.plugins import BY_NODE

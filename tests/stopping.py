@@ -72,14 +72,14 @@ def _run(folder: Path, traces: Path, arguments: list[str], stop: Stop) -> None:
     import torch
 
     from v4export import cli
-    from v4export.graphs import export, trace, weights
+    from v4export.graphs import export, trace, shards
 
     os.chdir(folder)
     said = os.open("said", os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(said, stream)
     torch.set_num_threads(1)
-    weights._SHARD_BYTES = SHARD_BYTES
+    shards._SHARD_BYTES = SHARD_BYTES
     export.traced = traced_once(traces)
     trace._register_schemas()  # as tracing does, which ONNX's inference of shapes goes by
     events = _Events(folder, stop)

@@ -35,9 +35,9 @@ from v4export.engine.options import (
 from v4export.graphs.export import THINKING, Graphs, engine_precisions, export_graphs, for_engine
 from v4export.graphs.lower import lower_for_engine
 from v4export.graphs.ranks import Plan
+from v4export.graphs.shards import Conversion, Placed
+from v4export.graphs.shards import write as write_weights
 from v4export.graphs.variants import roles
-from v4export.graphs.weights import Conversion, Placed
-from v4export.graphs.weights import write as write_weights
 from v4export.opened import account_of, first_layers, longest, open_checkpoint, read_expert_load, token_map_of
 from v4export.package.bundle import Bundle, code_hash, file_facts, versions, write_manifest
 from v4export.package.whole import whole_folder

@@ -29,8 +29,32 @@ JOURNAL = "journal"
 _BEFORE, _UNFINISHED = "before", "unfinished."
 
 T = TypeVar("T")
-#: Where a unit's file is to be written, by its name in the result.
-At = Callable[[str], Path]
+
+
+class At:
+    """Where a unit's files are to be written: called with a file's name in the result.
+
+    Args:
+        folder: in which the unit is made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, str | None] = {}
+
+    def __call__(self, file: str) -> Path:
+        """The path, whose folder there is."""
+        self._known.setdefault(file, None)
+        return _with_folder(self._folder / file)
+
+    def hashed(self, file: str, sha256: str) -> None:
+        """The hash of a file as it was written, which saves reading it again."""
+        self._known[file] = sha256
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Of every file, what the journal says of it."""
+        return {file: _facts(self._folder / file, sha256) for file, sha256 in self._known.items()}
 
 
 @dataclass(frozen=True)
@@ -112,23 +136,18 @@ class Units:
             worth: whether what came of it can be taken by a later build.
         """
         if self._home is None:
-            return making(lambda file: _with_folder(self._folder / file))
-        stages, names = len(self._stages.done), list[str]()
+            return making(At(self._folder))
+        stages = len(self._stages.done)
         drafts = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self._home))
         self._needed.append({})
-
-        def at(file: str) -> Path:
-            if file not in names:
-                names.append(file)
-            return _with_folder(drafts / file)
-
+        at = At(drafts)
         try:
             value = making(at)
-            facts = {file: _facts(drafts / file) for file in names}
-            for file in names:
+            facts = at.facts
+            for file in facts:
                 synced(drafts / file)
                 _move(drafts / file, self._folder / file)
-            for folder in {(self._folder / file).parent for file in names}:
+            for folder in {(self._folder / file).parent for file in facts}:
                 synced(folder)
         finally:
             needed = self._needed.pop()
@@ -242,10 +261,11 @@ def _ends_a_line(file: Path) -> bool:
         return stream.read() in (b"", b"\n")
 
 
-def _facts(file: Path) -> dict[str, Any]:
-    """What the journal says of a file."""
+def _facts(file: Path, sha256: str | None = None) -> dict[str, Any]:
+    """What the journal says of a file; it is read unless its hash is known."""
     with open(file, "rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        sha256 = sha256 or hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": sha256}
 
 
 def _with_folder(file: Path) -> Path:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from v4export.graphs.weights import Conversion, Placed
+from v4export.graphs.shards import Conversion, Placed
 from v4export.plugins import BY_NODE
 
 #: Writes tensors and says where each lies.

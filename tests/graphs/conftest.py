@@ -18,9 +18,10 @@ from v4export.checkpoint.names import SCALE
 from v4export.config import ModelConfig
 from v4export.graphs import export
 from v4export.graphs.export import STAMPS
+from v4export.graphs.shards import Placed, numpy_dtype
 from v4export.graphs.stamp import stamp
 from v4export.graphs.trace import Part
-from v4export.graphs.weights import SCALE_2, Placed, numpy_dtype
+from v4export.graphs.weights import SCALE_2
 from v4export.precision import PRECISIONS, Precision
 
 Trace = Callable[..., tuple[ModelConfig, Precision, Mapping[str, Part]]]

@@ -31,7 +31,7 @@ from v4export.graphs.export import (
     graphs_in,
 )
 from v4export.graphs.lower import with_bodies
-from v4export.graphs.weights import numpy_dtype
+from v4export.graphs.shards import numpy_dtype
 from v4export.package.bundle import Bundle
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,10 @@ from v4export.checkpoint.index import Checkpoint
 from v4export.checkpoint.synth import synth
 from v4export.checkpoint.tensor import DTYPES, StoredTensor, read_header
 from v4export.errors import BadInput, NotSupported
+from v4export.graphs import shards
 from v4export.graphs import weights as module
-from v4export.graphs.weights import Placed, Placement, numpy_dtype, place
+from v4export.graphs.shards import Placed, numpy_dtype
+from v4export.graphs.weights import Placement, place
 from v4export.precision import PRECISIONS
 from v4export.verify.rounded import as_the_graph_holds, is_converted
 
@@ -230,7 +232,7 @@ def test_fused_experts_are_pointed_at_as_slices(tiny_checkpoint, tmp_path):
 def test_shards(tiny_checkpoint, tmp_path, monkeypatch):
     """No converted file is larger than the limit unless a single tensor is."""
     account = audited(tiny_checkpoint)
-    monkeypatch.setattr(module, "_SHARD_BYTES", 300_000)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 300_000)
     placement = place(account.weights.values(), PRECISIONS["fp32"], tmp_path)
     files = sorted((tmp_path / "weights").glob("converted-*"))
     assert len(files) > 2

@@ -17,7 +17,7 @@ from small_models import small
 from v4export import api
 from v4export.checkpoint.synth import synth
 from v4export.graphs.lower import lower_for_engine
-from v4export.graphs.weights import Conversion, Placed, write
+from v4export.graphs.shards import Conversion, Placed, write
 from v4export.plugins.kernels.emulate import compiler
 from v4export.plugins.kernels.kernel import PLAIN_SHARED, Launch
 from v4export.units import Units

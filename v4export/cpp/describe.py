@@ -17,9 +17,9 @@ from v4export.engram.files import MAP, EngramFiles
 from v4export.errors import BadInput, NotSupported
 from v4export.graphs.export import PORTABLE, for_cpu
 from v4export.graphs.passes.accuracy import is_widened, set_accuracy
+from v4export.graphs.shards import numpy_dtype
 from v4export.graphs.stamp import engram_name, new_state_name, state_name
 from v4export.graphs.trace import DECODER_START
-from v4export.graphs.weights import numpy_dtype
 from v4export.package.bundle import Bundle
 from v4export.state_contract import state_tensors
 

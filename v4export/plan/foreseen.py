@@ -11,7 +11,7 @@ from v4export.checkpoint.audit import audit
 from v4export.checkpoint.index import Checkpoint
 from v4export.config.sharding import Sharding
 from v4export.engine.options import DEFAULT_ENGINE, ENGINE_SUFFIX, EngineOptions
-from v4export.graphs.weights import FOLDER
+from v4export.graphs.shards import FOLDER
 from v4export.plain import plain
 from v4export.plan.fits import check_certain, elsewhere, this_machine
 from v4export.plan.rates import MIB

@@ -14,7 +14,8 @@ from v4export.checkpoint.activation_scales import wanted_shapes
 from v4export.checkpoint.audit import Weight, in_graph
 from v4export.config import ModelConfig
 from v4export.graphs.repacked import wanted
-from v4export.graphs.weights import EXPONENTS, SAFETENSORS_NAMES, decide
+from v4export.graphs.shards import EXPONENTS, SAFETENSORS_NAMES
+from v4export.graphs.weights import decide
 from v4export.precision import Precision
 
 _FLOAT32, _BFLOAT16 = 4, 2

@@ -14,9 +14,9 @@ from v4export.config.sharding import Sharding
 from v4export.engram.files import load_feed
 from v4export.errors import BadInput
 from v4export.graphs.export import PORTABLE, REMEMBERING
+from v4export.graphs.shards import numpy_dtype
 from v4export.graphs.stamp import engram_name, new_state_name, state_name
 from v4export.graphs.trace import DECODER_START
-from v4export.graphs.weights import numpy_dtype
 from v4export.precision import Precision
 from v4export.runtime.generate import Coming
 from v4export.runtime.ranks import session

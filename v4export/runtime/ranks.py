@@ -16,8 +16,8 @@ import torch
 from v4export.config.sharding import Sharding
 from v4export.errors import BadInput
 from v4export.graphs.ranks import rank_graph
+from v4export.graphs.shards import numpy_dtype
 from v4export.graphs.split import segments
-from v4export.graphs.weights import numpy_dtype
 from v4export.runtime.sessions import Running, Session, graph_to_run
 
 Arrays = Mapping[str, np.ndarray]

@@ -9,8 +9,8 @@ import numpy as np
 
 from v4export.config import ModelConfig
 from v4export.errors import BadInput
+from v4export.graphs.shards import numpy_dtype
 from v4export.graphs.stamp import state_name
-from v4export.graphs.weights import numpy_dtype
 from v4export.state_contract import StateTensor, remembered, state_tensors
 
 _FIRST_CAPACITY = 256

@@ -18,7 +18,7 @@ from v4export.engram.files import EngramFiles
 from v4export.engram.hashing import Hasher
 from v4export.engram.table import Table
 from v4export.graphs.export import engram_tables
-from v4export.graphs.weights import numpy_dtype
+from v4export.graphs.shards import numpy_dtype
 from v4export.precision import Precision
 
 

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from v4export.checkpoint.audit import Weight
 from v4export.checkpoint.tensor import StoredTensor, read_header
 from v4export.graphs.repacked import STEM, possible
-from v4export.graphs.weights import CONVERTED, Conversion, as_a_rank_names, as_conversions, decide
+from v4export.graphs.shards import Conversion
+from v4export.graphs.weights import CONVERTED, as_a_rank_names, as_conversions, decide
 from v4export.precision import Precision
 from v4export.verify.regions import is_region, region_faults
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from v4export.checkpoint.audit import Weight
 from v4export.checkpoint.narrow import narrow, outer_scale, widen
-from v4export.graphs.weights import numpy_dtype, stored_as
+from v4export.graphs.shards import numpy_dtype
+from v4export.graphs.weights import stored_as
 from v4export.precision import Precision
 
 

@@ -13,8 +13,8 @@ from v4export.checkpoint.narrow import Narrow, narrow
 from v4export.graphs.lower import lower_for_cpu
 from v4export.graphs.passes.accuracy import set_accuracy
 from v4export.graphs.repacked import Repacking
+from v4export.graphs.shards import numpy_dtype
 from v4export.graphs.stamp import portable_bodies
-from v4export.graphs.weights import numpy_dtype
 from v4export.plugins.function_body import OPSET, VERSION, Body
 from v4export.precision import FORMATS
 

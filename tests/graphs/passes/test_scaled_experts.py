@@ -17,8 +17,8 @@ import pytest
 from v4export.checkpoint.narrow import narrow, outer_scale
 from v4export.graphs.lower import bodies_for_cpu, lower_for_cpu
 from v4export.graphs.passes.regions import regions
+from v4export.graphs.shards import numpy_dtype
 from v4export.graphs.stamp import portable_bodies
-from v4export.graphs.weights import numpy_dtype
 from v4export.plugins.function_body import OPSET, VERSION, Body
 from v4export.precision import FORMATS
 

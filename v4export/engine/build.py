@@ -38,6 +38,7 @@ class EngineReport:
         backend_version: that package's version; an engine runs with this version only.
         targets: compute capabilities it was built for.
         precision: what was asked for and shown to be there.
+        plugins: how kernels got in, a name of ``implementations.WAYS``.
         layers: layers of the parsed network, by type.
         dtypes: outputs of those layers, by type.
         proofs: (claim, evidence), each checked.
@@ -55,6 +56,7 @@ class EngineReport:
     backend_version: str
     targets: tuple[str, ...]
     precision: str
+    plugins: str
     layers: dict[str, int]
     dtypes: dict[str, int]
     proofs: list[tuple[str, str]]
@@ -154,6 +156,7 @@ def build_engine(
         backend_version=package_version(name) or result["version"],
         targets=chosen,
         precision=precision.name,
+        plugins=plugins,
         layers=result["layers"],
         dtypes=result["dtypes"],
         proofs=[(proof["claim"], proof["evidence"]) for proof in result["proofs"]],

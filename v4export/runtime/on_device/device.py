@@ -26,7 +26,7 @@ def torch_dtype(dtype: np.dtype) -> torch.dtype:
 
 def address(tensor: torch.Tensor) -> int:
     """Where a tensor begins, also if there is nothing in it."""
-    return tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size()
+    return int(tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size())
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:

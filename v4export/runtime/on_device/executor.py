@@ -18,7 +18,7 @@ from v4export.precision import Precision
 from v4export.runtime.executing import GraphExecutor, advance
 from v4export.runtime.generate import Coming
 from v4export.runtime.on_device.device import address
-from v4export.runtime.on_device.loaded import Engine, Runtime
+from v4export.runtime.on_device.loaded import Context, Engine, Runtime
 from v4export.runtime.on_device.replays import Pass, Replays, places_name
 from v4export.runtime.on_device.state import DeviceBuffer, DeviceState
 from v4export.runtime.thinking import Thinker
@@ -144,17 +144,17 @@ class EngineExecutor(GraphExecutor):
             state.reserve(tokens_BS.shape[1], lengths_B)
             decodes = engine is self._engine and tokens_BS.shape[1] == 1
             count = self._count(len(tokens_BS), state) if decodes else len(tokens_BS)
-            named = [(layer, name, b) for layer, some in enumerate(state.layers) for name, b in some.items()]
-            held = {state_name(layer, name): buffer.read(count) for layer, name, buffer in named}
-            written = {new_state_name(layer, name): buffer for layer, name, buffer in named}
+            held = {state_name(layer, name): buffer.read(count) for layer, name, buffer in state.named()}
+            written = {new_state_name(layer, name): buffer for layer, name, buffer in state.named()}
             given = {"input_ids": tokens_BS, "position": state.lengths_B, **given}
             given |= self._looked_up(tokens_BS, state, lengths_B, coming)
             fed = {name: _padded(array, count) for name, array in given.items() if name in engine.reads}
-            shapes = {name: tuple(value.shape) for name, value in (*fed.items(), *held.items())}
+            shapes = {name: array.shape for name, array in fed.items()}
+            shapes |= {name: tuple(rows.shape) for name, rows in held.items()}
             fed |= {places_name(kind): places for kind, places in state.places(lengths_B, count).items()}
             profile = engine.profile(shapes)
 
-            def make(context):
+            def make(context: Context) -> Pass:
                 return Pass(self._device, context, fed, held, written)
 
             if decodes:

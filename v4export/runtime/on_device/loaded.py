@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from v4export.engine.backend import cuda_devices, load_backend, package_version
-from v4export.engine.implementations import DEFAULT_WAY
 from v4export.engine.log import make_logger
 from v4export.errors import BadInput, NotEnough, NotSupported
 from v4export.graphs.export import PORTABLE, for_engine
@@ -121,7 +120,7 @@ class Runtime:
         if not self.kept:
             logger = make_logger(trt, self.heard)  # type: ignore[arg-type]
             self.kept = [logger, trt.Runtime(logger)]
-        if report.get("plugins", DEFAULT_WAY[report["backend"]]) == "library":
+        if report.get("plugins") == "library":
             names = {node.op_type for node in kernel_nodes(self.folder / for_engine(graph))}
             self.kept.append(plugin_v3.register(trt, sorted(names)))
         with self.device.scope(), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -5,7 +5,7 @@ Letters: B sequences, S new tokens, U new rows of a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -93,7 +93,7 @@ class DeviceState(State):
     @property
     def sequences(self) -> int:
         """That there is memory for; as many as there are, or more where it is the beginning of another."""
-        buffer = self.buffers[0]
+        _, _, buffer = next(self.named())
         return buffer.dropped // buffer.array.shape[1]
 
     def put(self, b: int, other: State) -> None:
@@ -108,10 +108,12 @@ class DeviceState(State):
         with self.device.scope():
             return super().first(count)
 
-    @property
-    def buffers(self) -> list[DeviceBuffer]:  # type: ignore[override]
-        """All of them, layer by layer."""
-        return super().buffers  # type: ignore[return-value]
+    def named(self) -> Iterator[tuple[int, str, DeviceBuffer]]:
+        """All buffers, with their layers and names."""
+        for layer, buffers in enumerate(self.layers):
+            for name, buffer in buffers.items():
+                assert isinstance(buffer, DeviceBuffer)
+                yield layer, name, buffer
 
     def places(self, lengths_B: np.ndarray, count: int) -> Mapping[Kind, np.ndarray]:
         """Where the new rows of the reserved step go, int64 [count * U] for each kind of tensor.
@@ -122,7 +124,7 @@ class DeviceState(State):
         """
         before_B, after_B = (np.zeros(count, np.int64) for _ in range(2))
         before_B[: len(lengths_B)], after_B[: len(lengths_B)] = self.lengths_B, self.lengths_B + lengths_B
-        kinds = {kind_of(buffer.tensor): buffer for buffer in self.buffers}
+        kinds = {kind_of(buffer.tensor): buffer for _, _, buffer in self.named()}
         return {kind: _places(buffer, before_B, after_B, self._steps) for kind, buffer in kinds.items()}
 
     def _take(self, after_B: np.ndarray, past_decoder: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from played_tensorrt import VERSION, TensorRT, played_cuda_graphs, with_engines
+from played_tensorrt import VERSION, TensorRT, engine_executor, played_cuda_graphs, with_engines
 from small_models import small
 from traced import export_bundle
 
@@ -57,9 +57,7 @@ class Both:
     onnx: OnnxExecutor
 
     def engine(self, trt: TensorRT, **options: Any) -> EngineExecutor:
-        b = self.bundle
-        runtime = Runtime(trt, Device("cpu"), b.folder, b.manifest["engines"])
-        return EngineExecutor(runtime, b.config, b.precision, max_seq_len=b.max_seq_len, **options)
+        return engine_executor(trt, self.bundle, **options)
 
 
 @pytest.fixture(scope="module")
@@ -291,8 +289,8 @@ def test_bundles_that_have_none(both, monkeypatch):
         opened(monkeypatch, replace(bundle, manifest={}))
     with pytest.raises(NotSupported, match="shared among 2 ranks"):
         opened(monkeypatch, replace(bundle, sharding=Sharding(2, 1, 1)))
-    lost = {"engines": {"model.onnx": {**bundle.manifest["engines"]["model.onnx"], "path": "gone.engine"}}}
+    gone = {"model.onnx": {**bundle.manifest["engines"]["model.onnx"], "path": "gone.engine"}}
     with pytest.raises(BadInput, match=r"lost an engine\n  gone\.engine is missing"):
-        opened(monkeypatch, replace(bundle, manifest=lost))
+        opened(monkeypatch, replace(bundle, manifest={**bundle.manifest, "engines": gone}))
     with pytest.raises(BadInput, match="unknown executor 'tvm'"):
         Choice("tvm")

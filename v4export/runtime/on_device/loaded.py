@@ -180,7 +180,10 @@ class Engine:
 
         Raises:
             BadInput: there is none.
+            NotSupported: the engine reads what is not there.
         """
+        if lacking := self.reads.keys() - shapes.keys():
+            raise _foreign(self.name, f"it reads {', '.join(sorted(lacking)[:3])}, which this model does not have")
         misfits = [list(self._misfits(bounds, shapes)) for bounds in self._bounds]
         for profile, misfit in enumerate(misfits):
             if not misfit:
@@ -234,6 +237,10 @@ class Engine:
             raise NotSupported(f"TensorRT refuses {what} of {self.name}", self._runtime.heard.last(), _ELSEWHERE)
 
 
+def _foreign(engine: str, why: str) -> NotSupported:
+    return NotSupported(f"{engine} does not belong to this bundle", why, "build it: v4export engine")
+
+
 def _type(name: str, dtype: Any) -> torch.dtype:
     spelt = str(dtype).rpartition(".")[2]
     if spelt not in TYPES:
@@ -265,18 +272,13 @@ class Context:
         """Bind inputs by name, and new memory for all outputs, which is returned.
 
         Raises:
-            NotSupported: the engine has other inputs, or refuses them.
+            NotSupported: the engine has inputs of other types, or refuses them.
         """
         engine = self._engine
         for name, dtype in engine.reads.items():
-            tensor = inputs.get(name)
-            if tensor is None or tensor.dtype != dtype:
-                found = "nothing" if tensor is None else tensor.dtype
-                raise NotSupported(
-                    f"{engine.name} does not belong to this bundle",
-                    f"{name} is {found}, the engine reads {dtype}",
-                    "build it: v4export engine",
-                )
+            tensor = inputs[name]
+            if tensor.dtype != dtype:
+                raise _foreign(engine.name, f"{name} is {tensor.dtype}, the engine reads {dtype}")
             if self._shapes.get(name) != (shape := tuple(tensor.shape)):
                 engine.demand(self._context.set_input_shape(name, shape), f"the shape {list(shape)} of {name}")
                 self._shapes[name] = shape

@@ -26,6 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from v4export.engine.profiles import derive_profiles, input_dims
 from v4export.graphs.export import engine_precisions
 from v4export.package.bundle import Bundle
+from v4export.runtime.on_device.device import Device
+from v4export.runtime.on_device.executor import EngineExecutor
+from v4export.runtime.on_device.loaded import Runtime
 from v4export.runtime.sessions import Running, Session
 
 TYPES = {
@@ -37,6 +40,12 @@ TYPES = {
 }
 DataType = Enum("DataType", [name for name, _ in TYPES.values()])
 VERSION = "11.4.0"
+
+
+def engine_executor(package: TensorRT, bundle: Bundle, **options: Any) -> EngineExecutor:
+    """Over the engines of a bundle, on a CPU."""
+    runtime = Runtime(package, Device("cpu"), bundle.folder, bundle.manifest["engines"])
+    return EngineExecutor(runtime, bundle.config, bundle.precision, max_seq_len=bundle.max_seq_len, **options)
 
 
 def with_engines(bundle: Bundle, *, max_batch: int = 4, max_chunk: int = 48, max_seq_len: int | None = None) -> Bundle:
@@ -173,8 +182,8 @@ class Context:
         def size(dim: str | int) -> int:
             if isinstance(dim, int) or dim in sizes:
                 return dim if isinstance(dim, int) else sizes[dim]
-            letter, _, every = dim.partition("/")
-            return -(-sizes[letter] // int(every))
+            letter, operation, number = dim[0], dim[1], int(dim[2:])
+            return sizes[letter] + number if operation == "+" else -(-sizes[letter] // number)
 
         return [size(dim) for dim in self.engine.dims[name]]
 

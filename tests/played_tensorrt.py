@@ -64,6 +64,7 @@ def with_engines(bundle: Bundle, *, max_batch: int = 4, max_chunk: int = 48, max
             "backend_version": VERSION,
             "targets": ["sm90"],
             "plugins": "aot",
+            "max_batch": max_batch,
         }
     return replace(bundle, manifest={**bundle.manifest, "engines": engines})
 

@@ -71,7 +71,10 @@ def test_its_configuration_is_triton_s(bundle, tmp_path):
     assert [one.name for one in config.input] == list(INPUTS) and all(one.optional for one in config.input)
     assert [one.name for one in config.output] == list(OUTPUTS)
     given = {key: value.string_value for key, value in config.parameters.items()}
-    assert given == {"slots": "3", "queue": "5", "chunk": "7", "max_tokens": "11", "threads": "2", "device": "cpu"}
+    assert given == {
+        **{"slots": "3", "queue": "5", "chunk": "7", "max_tokens": "11", "threads": "2", "device": "cpu"},
+        **{"executor": "onnxruntime", "cuda_graphs": "1"},
+    }
     cuda = write_repository(bundle, tmp_path / "cuda", choice=Choice(device="cuda"))
     config = parsed((cuda.folder / "tiny" / "config.pbtxt").read_text())
     assert config.parameters["device"].string_value == "cuda"

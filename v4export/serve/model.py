@@ -61,7 +61,7 @@ class Model:
             int(set_up["threads"]),
             cuda_graphs=bool(int(set_up["cuda_graphs"])),
             # Triton starts an instance on every GPU, unless told which.
-            index=int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0,
+            index=int(args["model_instance_device_id"]),
         )
         self._executor = choice.open(bundle)
         tokenizer, template = load_tokenizer(bundle.folder), ChatTemplate.find(bundle.folder, bundle.config)

@@ -78,7 +78,8 @@ def write_repository(
         max_tokens: new tokens where a client names no number.
 
     Raises:
-        BadInput: ``out`` exists, the name is none, or the bundle has no tokenizer or has changed.
+        BadInput: ``out`` exists, the name is none, the bundle has no tokenizer or has changed, or its engine is for
+            fewer sequences than there are slots.
         NotSupported: TensorRT is to run it, and it has no engine.
     """
     name = bundle.folder.resolve().name if name is None else name
@@ -87,8 +88,9 @@ def write_repository(
     choice = choice or Choice()
     if choice.device not in PROVIDERS:
         raise BadInput(f"unknown device {choice.device!r}", f"known: {', '.join(PROVIDERS)}", "choose one of them")
-    if choice.executor == TENSORRT and not bundle.manifest.get("engines"):
-        raise NotSupported("the bundle has no engine for --executor tensorrt", fix="build one: v4export engine")
+    limits = limits or Limits()
+    if choice.executor == TENSORRT:
+        _check_engine(bundle, limits.slots)
     bundle.check_files()
     load_tokenizer(bundle.folder)
     chat = ChatTemplate.find(bundle.folder, bundle.config) is not None
@@ -98,7 +100,7 @@ def write_repository(
         "threads": choice.threads,
         "cuda_graphs": int(choice.cuda_graphs),
         "max_tokens": max_tokens,
-        **vars(limits or Limits()),
+        **vars(limits),
     }
     with whole_folder(out, force=False) as folder:
         version = _version(folder / name, python_config(name, choice.runs_on, set_up))
@@ -112,6 +114,18 @@ def write_repository(
         except NotSupported as error:
             reason = f"{error.what}: {error.values}" if error.values else error.what
     return Packaged(out, tuple(models), chat, reason)
+
+
+def _check_engine(bundle: Bundle, slots: int) -> None:
+    engines = dict(bundle.manifest.get("engines") or {})
+    if _GRAPH not in engines:
+        raise NotSupported("the bundle has no engine for --executor tensorrt", fix="build one: v4export engine")
+    if slots > (most := engines[_GRAPH]["max_batch"]):
+        raise BadInput(
+            "the engine was built for fewer sequences than there are to be slots",
+            f"{slots} slots, at most {most} sequences",
+            f"give --slots {most} or fewer, or build it with v4export engine --max-batch-size {slots}",
+        )
 
 
 def python_config(name: str, device: str, set_up: Mapping[str, object]) -> str:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,10 +43,10 @@ DataType = Enum("DataType", [name for name, _ in TYPES.values()])
 VERSION = "11.4.0"
 
 
-def engine_executor(package: TensorRT, bundle: Bundle, **options: Any) -> EngineExecutor:
+def engine_executor(package: TensorRT, bundle: Bundle, cuda_graphs: bool = True) -> EngineExecutor:
     """Over the engines of a bundle, on a CPU."""
-    runtime = Runtime(package, Device("cpu"), bundle.folder, bundle.manifest["engines"])
-    return EngineExecutor(runtime, bundle.config, bundle.precision, max_seq_len=bundle.max_seq_len, **options)
+    runtime = Runtime(package, Device("cpu"), bundle.folder, bundle.manifest["engines"], cuda_graphs)
+    return EngineExecutor(runtime, bundle.config, bundle.precision, max_seq_len=bundle.max_seq_len)
 
 
 def with_engines(bundle: Bundle, *, max_batch: int = 4, max_chunk: int = 48, max_seq_len: int | None = None) -> Bundle:
@@ -74,6 +75,7 @@ class Counted:
     """What was asked of contexts and graphs."""
 
     contexts: int = 0
+    by_itself: int = 0
     enqueued: int = 0
     reshaped: int = 0
     captured: int = 0
@@ -82,13 +84,17 @@ class Counted:
 
 
 class TensorRT:
-    """The package. ``loads``: whether engines can be loaded here; ``captures``: whether steps can be captured."""
+    """The package. ``loads``: whether engines can be loaded here; ``captures``: whether steps can be captured; ``rtx``:
+    whether it is the one that makes CUDA graphs by itself.
+    """
 
     ILogger = type("ILogger", (), {})
     TensorIOMode = SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="USER_MANAGED")
 
-    def __init__(self, loads: bool = True, captures: bool = True) -> None:
+    def __init__(self, loads: bool = True, captures: bool = True, rtx: bool = False) -> None:
+        if rtx:
+            self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="WHOLE_GRAPH_CAPTURE")
         self.loads, self.captures, self.counted = loads, captures, Counted()
 
     def Runtime(self, logger: Any) -> Any:
@@ -134,8 +140,15 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
         return self.profiles[profile][name]
 
-    def create_execution_context(self, strategy: str) -> Context:
-        assert strategy == "USER_MANAGED"
+    def create_runtime_config(self) -> Any:
+        config = SimpleNamespace(cuda_graph_strategy="DISABLED", strategy="STATIC")
+        config.set_execution_context_allocation_strategy = partial(setattr, config, "strategy")
+        return config
+
+    def create_execution_context(self, how: Any) -> Context:
+        by_itself = not isinstance(how, str)
+        assert (how.strategy if by_itself else how) == "USER_MANAGED"
+        self.package.counted.by_itself += by_itself and how.cuda_graph_strategy == "WHOLE_GRAPH_CAPTURE"
         self.package.counted.contexts += 1
         return Context(self)
 

@@ -44,4 +44,6 @@ def test_replayed_steps_are_the_same_steps(model: Path, precision: str, tmp_path
     replayed, plain = (Choice("tensorrt", cuda_graphs=graphs).open(bundle) for graphs in (True, False))
     for prompts in (PROMPTS[:1], PROMPTS[1:2], PROMPTS):
         assert tokens_of(replayed, prompts) == tokens_of(plain, prompts)
-    assert replayed.replays.reason is None and replayed.replays.replayed and not plain.replays.replayed  # type: ignore[attr-defined]
+    by_itself = replayed.replays.reason == "TensorRT-RTX makes CUDA graphs by itself"
+    assert by_itself or (replayed.replays.reason is None and replayed.replays.replayed)
+    assert not plain.replays.replayed

@@ -213,7 +213,7 @@ def _keys(state: Any) -> list[tuple[int, str]]:
     return [(layer, name) for layer, some in enumerate(state.layers) for name in some]
 
 
-@pytest.mark.parametrize("why", ["TensorRT refuses", "another stream", "RTX", "switched off"])
+@pytest.mark.parametrize("why", ["TensorRT refuses", "another stream", "switched off"])
 def test_without_graphs(both, graphs, monkeypatch, caplog, why):
     """What cannot be captured is run step by step, once it has said why."""
     pair, (trt, counted) = both("tiny-v4"), graphs
@@ -226,13 +226,21 @@ def test_without_graphs(both, graphs, monkeypatch, caplog, why):
             raise RuntimeError("operation not permitted on another stream\nmore")
 
         monkeypatch.setattr(Device, "capture", fail)
-    elif why == "RTX":
-        monkeypatch.setattr("played_tensorrt.Context.is_stream_capturable", lambda self, stream: False, raising=False)
     with caplog.at_level(logging.WARNING):
         ours = tokens_of(engine, PROMPTS[1:2])
     assert ours == tokens_of(pair.onnx, PROMPTS[1:2])
     assert engine.replays.captured == counted.replayed == 0 and why in engine.replays.reason
     assert len([one for one in caplog.records if "CUDA graphs" in one.message]) == (why != "switched off")
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_rtx_makes_graphs_by_itself(both, cuda_graphs):
+    pair, trt = both("tiny-v3"), TensorRT(rtx=True)
+    with played_cuda_graphs(trt) as counted:
+        engine = pair.engine(trt, cuda_graphs=cuda_graphs)
+        assert tokens_of(engine, PROMPTS[:1]) == tokens_of(pair.onnx, PROMPTS[:1])
+    assert counted.captured == 0 and counted.contexts == 2 and counted.by_itself == 2 * cuda_graphs
+    assert engine.replays.reason == ("TensorRT-RTX makes CUDA graphs by itself" if cuda_graphs else "switched off")
 
 
 def test_a_step_needs_a_profile(both, graphs, tmp_path):

@@ -38,9 +38,9 @@ def played(monkeypatch):
     package = TensorRT()
     indices = []
 
-    def opened(folder, engines, index):
+    def opened(folder, engines, index, cuda_graphs):
         indices.append(index)
-        return Runtime(package, Device("cpu"), folder, engines)
+        return Runtime(package, Device("cpu"), folder, engines, cuda_graphs)
 
     monkeypatch.setattr(Runtime, "open", opened)
     with played_cuda_graphs(package) as counted:

@@ -110,9 +110,9 @@ def _tensorrt(bundle: Bundled, choice: Choice) -> Executor:
             f"the model is shared among {bundle.sharding.ranks} ranks",
             f"run it with --executor {ONNXRUNTIME}",
         )
-    made = (bundle.config, bundle.precision)
-    runtime = Runtime.open(bundle.folder, bundle.manifest.get("engines") or {}, choice.index)
-    return EngineExecutor(runtime, *made, max_seq_len=bundle.max_seq_len, cuda_graphs=choice.cuda_graphs)
+    engines = bundle.manifest.get("engines") or {}
+    runtime = Runtime.open(bundle.folder, engines, choice.index, choice.cuda_graphs)
+    return EngineExecutor(runtime, bundle.config, bundle.precision, max_seq_len=bundle.max_seq_len)
 
 
 EXECUTORS: dict[str, Callable[[Bundled, Choice], Executor]] = {ONNXRUNTIME: _onnxruntime, TENSORRT: _tensorrt}

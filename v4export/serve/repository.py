@@ -120,7 +120,7 @@ def _check_engine(bundle: Bundle, slots: int) -> None:
     engines = dict(bundle.manifest.get("engines") or {})
     if _GRAPH not in engines:
         raise NotSupported("the bundle has no engine for --executor tensorrt", fix="build one: v4export engine")
-    if slots > (most := engines[_GRAPH]["max_batch"]):
+    if slots > (most := engines[_GRAPH].get("max_batch", slots)):
         raise BadInput(
             "the engine was built for fewer sequences than there are to be slots",
             f"{slots} slots, at most {most} sequences",

@@ -35,7 +35,6 @@ class EngineExecutor(GraphExecutor):
         config: the model.
         precision: the graph's.
         max_seq_len: most tokens of a sequence.
-        cuda_graphs: whether to replay decode steps.
 
     Attributes:
         replays: what became of CUDA graphs.
@@ -49,16 +48,16 @@ class EngineExecutor(GraphExecutor):
         precision: Precision,
         *,
         max_seq_len: int,
-        cuda_graphs: bool = True,
     ) -> None:
         super().__init__(runtime.folder, config, precision, max_seq_len)
-        self._runtime, self._device = runtime, runtime.device
+        self._device = runtime.device
         self._engine = runtime.load(PORTABLE)
         self._remembering = functools.cache(lambda: runtime.load(REMEMBERING))
         self._most_tokens, self._most_sequences = (self._engine.most("input_ids", axis) for axis in (1, 0))
         if config.thinks:
             self._thinker = Thinker(lambda graph, taps: runtime.load(graph), config, self._state_dtype)
-        self.replays = Replays(self._engine, cuda_graphs)
+        own = "TensorRT-RTX makes CUDA graphs by itself" if runtime.has_graphs else None
+        self.replays = Replays(self._engine, own if runtime.cuda_graphs else "switched off")
 
     def new_state(self, batch: int = 1) -> DeviceState:
         """A state for ``batch`` sequences that holds no token.

@@ -63,6 +63,7 @@ class Runtime:
         device: where engines run.
         folder: of the bundle.
         engines: what the manifest says of them, by their graphs' names.
+        cuda_graphs: whether decode steps are to be CUDA graphs.
         kept: what has to live as long as any engine.
     """
 
@@ -70,17 +71,21 @@ class Runtime:
     device: Device
     folder: Path
     engines: Mapping[str, Mapping[str, Any]]
+    cuda_graphs: bool = True
     heard: Heard = field(default_factory=Heard)
     kept: list[Any] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: Path, engines: Mapping[str, Mapping[str, Any]], index: int = 0) -> Runtime:
+    def open(
+        cls, folder: Path, engines: Mapping[str, Mapping[str, Any]], index: int = 0, cuda_graphs: bool = True
+    ) -> Runtime:
         """What runs a bundle's engines on a CUDA device.
 
         Args:
             folder: of the bundle.
             engines: of its manifest.
             index: of the device.
+            cuda_graphs: whether decode steps are to be CUDA graphs.
 
         Raises:
             NotSupported: there is no engine, device or package, or the engine is of another version.
@@ -104,7 +109,12 @@ class Runtime:
                 f"built by {backend.name} {report['backend_version']}, here is {version}",
                 f"pip install {backend.name}=={report['backend_version']}, or build it again: v4export engine",
             )
-        return cls(backend.module, Device(f"cuda:{index}"), folder, engines)
+        return cls(backend.module, Device(f"cuda:{index}"), folder, engines, cuda_graphs)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether the package makes CUDA graphs of steps by itself, as TensorRT-RTX does, and then no other can be."""
+        return hasattr(self.module, "CudaGraphStrategy")
 
     def load(self, graph: str) -> Engine:
         """The engine of a graph.
@@ -202,13 +212,23 @@ class Engine:
 
     def context(self, profile: int) -> Context:
         """A context of its own, in scratch memory that all share."""
-        strategy = self._runtime.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        context = self._engine.create_execution_context(self._how())
         if context is None:
             raise NotEnough(f"{self.name} cannot be run", self._runtime.heard.last(), "free memory of the device")
         context.set_device_memory(address(self._scratch), len(self._scratch))
         self.demand(context.set_optimization_profile_async(profile, self.device.stream), f"profile {profile}")
         return Context(self, context)
+
+    def _how(self) -> Any:
+        """What a context is made by."""
+        trt = self._runtime.module
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not (self._runtime.cuda_graphs and self._runtime.has_graphs):
+            return strategy
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return config
 
     def shared_context(self, profile: int) -> Context:
         """The context of whoever needs none of their own."""
@@ -259,14 +279,6 @@ class Context:
     def __init__(self, engine: Engine, context: Any) -> None:
         self._engine, self._context = engine, context
         self._shapes: dict[str, tuple[int, ...]] = {}
-
-    @property
-    def why_not_captured(self) -> str | None:
-        """Why TensorRT says that a step as it is bound cannot be part of a CUDA graph; TensorRT-RTX alone is asked."""
-        asked = getattr(self._context, "is_stream_capturable", None)
-        if asked is None or asked(self._engine.device.stream):
-            return None
-        return "TensorRT-RTX cannot capture this engine"
 
     def bind(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Bind inputs by name, and new memory for all outputs, which is returned.

@@ -43,7 +43,7 @@ class Pass:
         held: Mapping[str, torch.Tensor],
         written: Mapping[str, DeviceBuffer],
     ) -> None:
-        self.context, self._fed = context, Fed(device, fed)
+        self._context, self._fed = context, Fed(device, fed)
         self.outputs = context.bind({**self._fed.tensors, **held})
         self._moves = [
             (buffer, self._fed.tensors[places_name(kind_of(buffer.tensor))], self.outputs[name])
@@ -57,7 +57,7 @@ class Pass:
 
     def work(self) -> None:
         """The step, and its new rows put in their places."""
-        self.context.enqueue()
+        self._context.enqueue()
         for buffer, places, new in self._moves:
             buffer.write(places, new)
 
@@ -89,16 +89,15 @@ class Replays:
 
     Args:
         engine: that runs them.
-        enabled: whether to capture any.
+        reason: why none is to be captured; None where any may be.
 
     Attributes:
         captured, replayed: how many graphs there were, and steps of them.
         reason: why there are none; None where there are, or may be.
     """
 
-    def __init__(self, engine: Engine, enabled: bool = True) -> None:
-        self._engine = engine
-        self.reason = None if enabled else "switched off"
+    def __init__(self, engine: Engine, reason: str | None) -> None:
+        self._engine, self.reason = engine, reason
         self.captured = self.replayed = 0
         self._lanes: dict[tuple[int, int], _Lane] = {}
 
@@ -128,20 +127,17 @@ class Replays:
         step = make(lane.context if own and lane.context else self._engine.shared_context(profile))
         step.feed(fed)
         step.work()
-        if own:
-            lane.step, lane.replay = step, self._captured(step)
+        if own and (replay := self._captured(step)):
+            lane.step, lane.replay = step, replay
+            step.let_go()
         return step
 
     def _captured(self, step: Pass) -> Callable[[], None] | None:
-        reason = step.context.why_not_captured
-        if reason is None:
-            try:
-                replay = self._engine.device.capture(step.work)
-                step.let_go()
-                self.captured += 1
-                return replay
-            except Exception as error:  # PyTorch's, CUDA's or TensorRT's: the step itself has been run
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        self.reason = reason
-        _LOG.warning("decode steps are not replayed as CUDA graphs: %s", reason)
-        return None
+        try:
+            replay = self._engine.device.capture(step.work)
+        except Exception as error:  # PyTorch's, CUDA's or TensorRT's: the step itself has been run
+            self.reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            _LOG.warning("decode steps are not replayed as CUDA graphs: %s", self.reason)
+            return None
+        self.captured += 1
+        return replay

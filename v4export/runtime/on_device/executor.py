@@ -97,6 +97,9 @@ class EngineExecutor(GraphExecutor):
             given = {"logits_at": asked, **self._given(state)}
             part = self._run(self._engine, tokens, state, lengths, given, outputs if here_BQ.any() else [], following)
             state.commit(lengths)
+            if here_BQ.all():
+                found = part
+                continue
             for name, values in part.items():
                 if name not in found:
                     found[name] = np.zeros((*here_BQ.shape, values.shape[-1]), values.dtype)
@@ -148,19 +151,21 @@ class EngineExecutor(GraphExecutor):
             given = {"input_ids": tokens_BS, "position": state.lengths_B, **given}
             given |= self._looked_up(tokens_BS, state, lengths_B, coming)
             fed = {name: _padded(array, count) for name, array in given.items() if name in engine.reads}
-            shapes = {name: array.shape for name, array in fed.items()}
-            shapes |= {name: tuple(rows.shape) for name, rows in held.items()}
+            read = [*fed]
             fed |= {places_name(kind): places for kind, places in state.places(lengths_B, count).items()}
-            profile = engine.profile(shapes)
+
+            def profile() -> int:
+                shapes = {name: fed[name].shape for name in read}
+                return engine.profile(shapes | {name: tuple(rows.shape) for name, rows in held.items()})
 
             def make(context: Context) -> Pass:
                 return Pass(self._device, context, fed, held, written)
 
             if decodes:
                 key = [(address(rows), rows.shape) for rows in held.values()]
-                step = self.replays.run(count, profile, key, fed, make)
+                step = self.replays.run(count, key, fed, profile, make)
             else:
-                step = make(engine.shared_context(profile))
+                step = make(engine.shared_context(profile()))
                 step.feed(fed)
                 step.work()
             return {name: self._device.fetch(step.outputs[name])[: len(tokens_BS)] for name in fetched}

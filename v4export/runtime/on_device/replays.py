@@ -76,6 +76,7 @@ class _Lane:
     """Steps of one number of sequences."""
 
     seen: Any = None
+    profile: int = -1
     context: Context | None = None
     step: Pass | None = None
     replay: Callable[[], None] | None = None
@@ -99,21 +100,26 @@ class Replays:
     def __init__(self, engine: Engine, reason: str | None) -> None:
         self._engine, self.reason = engine, reason
         self.captured = self.replayed = 0
-        self._lanes: dict[tuple[int, int], _Lane] = {}
+        self._lanes: dict[int, _Lane] = {}
 
     def run(
-        self, count: int, profile: int, key: Any, fed: Mapping[str, np.ndarray], make: Callable[[Context], Pass]
+        self,
+        count: int,
+        key: Any,
+        fed: Mapping[str, np.ndarray],
+        profile: Callable[[], int],
+        make: Callable[[Context], Pass],
     ) -> Pass:
         """Run a decode step; it is on the stream when this returns.
 
         Args:
             count: its sequences.
-            profile: that it fits.
             key: of shapes and addresses of the rows that it reads.
             fed: what the host feeds.
+            profile: that it fits, where it is not replayed.
             make: the step in a context.
         """
-        lane = self._lanes.setdefault((count, profile), _Lane())
+        lane = self._lanes.setdefault(count, _Lane())
         again, lane.seen = lane.seen == key, key
         if again and lane.step and lane.replay:
             lane.step.feed(fed)
@@ -121,10 +127,10 @@ class Replays:
             self.replayed += 1
             return lane.step
         lane.step = lane.replay = None  # gives its memory back before more is taken
-        own = again and self.reason is None
-        if own and lane.context is None:
-            lane.context = self._engine.context(profile)
-        step = make(lane.context if own and lane.context else self._engine.shared_context(profile))
+        own, fits = again and self.reason is None, profile()
+        if own and lane.profile != fits:
+            lane.profile, lane.context = fits, self._engine.context(fits)
+        step = make(lane.context if own and lane.context else self._engine.shared_context(fits))
         step.feed(fed)
         step.work()
         if own and (replay := self._captured(step)):

@@ -59,7 +59,7 @@ class DeviceBuffer(Buffer):
 
     def read(self, count: int) -> torch.Tensor:
         """The rows of the first ``count`` sequences of the memory, [count, capacity, W]."""
-        return _sequences(self.memory, self.array.shape[1])[:count]
+        return self.array if count == len(self.array) else _sequences(self.memory, self.array.shape[1])[:count]
 
     def write(self, places: torch.Tensor, new: torch.Tensor) -> None:
         """Put new rows [B, U, W] in their places, int64 [B * U]."""

@@ -302,3 +302,19 @@ def test_bundles_that_have_none(both, monkeypatch):
         opened(monkeypatch, replace(bundle, manifest={**bundle.manifest, "engines": gone}))
     with pytest.raises(BadInput, match="unknown executor 'tvm'"):
         Choice("tvm")
+
+
+def test_plugins_of_the_library_are_made_known_once(both, graphs, monkeypatch):
+    """Those of all graphs that have kernels; others have no graph with launches beside them."""
+    bundle, asked = both("thinking").bundle, []
+    monkeypatch.setattr(loaded.plugin_v3, "register", lambda trt, names: asked.append(names))
+    kernels = {"model": ["MoeRoute", "ExpertSort", "MoeRoute"], "think": ["MoeRoute", "ThoughtAttention"]}
+    for name, ops in kernels.items():
+        (bundle.folder / f"{name}.tensorrt.onnx").touch()
+        kernels[name] = [SimpleNamespace(op_type=op) for op in ops]
+    monkeypatch.setattr(loaded, "kernel_nodes", lambda path: kernels[path.name.split(".")[0]])
+    engines = {name: {**one, "plugins": "library"} for name, one in bundle.manifest["engines"].items()}
+    runtime = Runtime(graphs[0], Device("cpu"), bundle.folder, engines)
+    for graph in ("model.onnx", "think.onnx", "think_mix.onnx"):
+        runtime.load(graph)
+    assert asked == [["ExpertSort", "MoeRoute"], ["ThoughtAttention"]]

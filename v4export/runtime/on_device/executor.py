@@ -162,7 +162,7 @@ class EngineExecutor(GraphExecutor):
                 return Pass(self._device, context, fed, held, written)
 
             if decodes:
-                key = [(address(rows), rows.shape) for rows in held.values()]
+                key = state.sequences, [(address(rows), rows.shape) for rows in held.values()]
                 step = self.replays.run(count, key, fed, profile, make)
             else:
                 step = make(engine.shared_context(profile()))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from v4export.engine.backend import cuda_devices, load_backend, package_version
-from v4export.engine.log import make_logger
+from v4export.engine.log import Log, make_logger
 from v4export.errors import BadInput, NotEnough, NotSupported
 from v4export.graphs.export import PORTABLE, for_engine
 from v4export.plugins.kernels import plugin_v3
@@ -35,11 +35,8 @@ _ELSEWHERE = "run it with --executor onnxruntime, or build the engine again on t
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Heard:
-    """TensorRT's errors, which its functions do not return."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
+class Heard(Log):
+    """TensorRT's errors, which its functions do not return; nothing is printed, where text is."""
 
     def add(self, level: str, message: str) -> None:
         """Take one message; level is TensorRT's own name of it."""
@@ -65,6 +62,7 @@ class Runtime:
         engines: what the manifest says of them, by their graphs' names.
         cuda_graphs: whether decode steps are to be CUDA graphs.
         kept: what has to live as long as any engine.
+        registered: kernels whose plugins it knows.
     """
 
     module: Any
@@ -74,6 +72,7 @@ class Runtime:
     cuda_graphs: bool = True
     heard: Heard = field(default_factory=Heard)
     kept: list[Any] = field(default_factory=list)
+    registered: set[str] = field(default_factory=set)
 
     @classmethod
     def open(
@@ -120,6 +119,7 @@ class Runtime:
         """The engine of a graph.
 
         Raises:
+            BadInput: its file is gone.
             NotSupported: there is none, or it cannot be loaded on this device.
         """
         report = _report(self.engines, graph)
@@ -128,11 +128,10 @@ class Runtime:
             raise BadInput(f"{self.folder} has lost an engine", f"{path.name} is missing", "build it: v4export engine")
         trt = self.module
         if not self.kept:
-            logger = make_logger(trt, self.heard)  # type: ignore[arg-type]
+            logger = make_logger(trt, self.heard)
             self.kept = [logger, trt.Runtime(logger)]
         if report.get("plugins") == "library":
-            names = {node.op_type for node in kernel_nodes(self.folder / for_engine(graph))}
-            self.kept.append(plugin_v3.register(trt, sorted(names)))
+            self._register(self.folder / for_engine(graph))
         with self.device.scope(), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = self.kept[1].deserialize_cuda_engine(data)
         if engine is None:
@@ -145,6 +144,13 @@ class Runtime:
             )
         with self.device.scope():
             return Engine(self, engine, path.name)
+
+    def _register(self, graph: Path) -> None:
+        """Make known the plugins of a graph's kernels, those that are not yet; one without kernels has no such file."""
+        names = {node.op_type for node in kernel_nodes(graph)} if graph.is_file() else set()
+        if new := names - self.registered:
+            self.kept.append(plugin_v3.register(self.module, sorted(new)))
+            self.registered |= new
 
 
 def _report(engines: Mapping[str, Mapping[str, Any]], graph: str) -> Mapping[str, Any]:

@@ -160,7 +160,7 @@ def _laid_out(conversions: Sequence[Conversion], location: str) -> tuple[bytes, 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """PyTorch on one thread: another hashes and another writes, and its operations are too short to wait for a third."""
+    """PyTorch on one thread: another hashes and another writes, and operations are too short to wait for a third."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

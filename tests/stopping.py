@@ -72,7 +72,7 @@ def _run(folder: Path, traces: Path, arguments: list[str], stop: Stop) -> None:
     import torch
 
     from v4export import cli
-    from v4export.graphs import export, trace, shards
+    from v4export.graphs import export, shards, trace
 
     os.chdir(folder)
     said = os.open("said", os.O_WRONLY | os.O_APPEND)

@@ -77,6 +77,7 @@ ENGINE = [
     "--verbose",
 ]
 #: What scripts rely on: verb -> arguments, options.
+EXECUTOR = ["--executor", "--cuda-graphs", "--no-cuda-graphs"]
 SURFACE = {
     "build": (["model"], [*EXPORT, *ENGINE, "--no-engine", "--no-verify", "--device"]),
     "export": (["model"], EXPORT),
@@ -126,6 +127,7 @@ SURFACE = {
             "--threads",
             "--accuracy-level",
             "--device",
+            *EXECUTOR,
             "--json",
         ],
     ),
@@ -145,7 +147,18 @@ SURFACE = {
     "bench": (
         ["model"],
         [
-            *("--prompt-tokens", "-p", "--new-tokens", "-n", "--repetitions", "-r", "--threads", "-t", "--device"),
+            *(
+                "--prompt-tokens",
+                "-p",
+                "--new-tokens",
+                "-n",
+                "--repetitions",
+                "-r",
+                "--threads",
+                "-t",
+                "--device",
+                *EXECUTOR,
+            ),
             *("--simulate", *SHARDING, "--batch", "--context", "--micro-batches", "--precision"),
             *("--link-gbs", "--link-us", "--efficiency", "--costs", "--json", "--quiet", "-q"),
         ],
@@ -153,7 +166,7 @@ SURFACE = {
     "package": (
         ["bundle"],
         [
-            *("--triton", "--cpp", "--name", "--device", "--slots", "--queue", "--chunk"),
+            *("--triton", "--cpp", "--name", "--device", *EXECUTOR, "--slots", "--queue", "--chunk"),
             *("-n", "--max-new-tokens", "--threads", "--json"),
         ],
     ),

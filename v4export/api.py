@@ -34,7 +34,7 @@ from v4export.plan import verb as planning
 from v4export.plan.devices import named_device
 from v4export.plan.simulate import Simulation
 from v4export.progress import Stages
-from v4export.runtime.onnx import OnnxExecutor
+from v4export.runtime.executors import ONNXRUNTIME, Choice
 from v4export.runtime.speed import Speed, measure
 from v4export.state_contract import bytes_per_token, fixed_bytes
 from v4export.verify.boundary import Boundary
@@ -129,9 +129,11 @@ def bench(
     repetitions: int = 3,
     threads: int = 0,
     device: str = "cpu",
+    executor: str = ONNXRUNTIME,
+    cuda_graphs: bool = True,
     stages: Stages | None = None,
 ) -> Speed:
-    """Measure a bundle by onnxruntime on this machine: random prompts, and the likeliest tokens after them.
+    """Measure a bundle on this machine: random prompts, and the likeliest tokens after them; executors as of ``run``.
 
     Raises:
         BadInput: it is no bundle, or holds fewer tokens.
@@ -139,11 +141,10 @@ def bench(
     bundle = Bundle.open(Path(folder))
     if device not in ("cpu", "cuda"):
         raise BadInput(f"--device {device} is not here to be measured", fix="give cpu or cuda, or --simulate N")
-    made = (bundle.folder, bundle.config, bundle.precision)
-    executor = OnnxExecutor(*made, max_seq_len=bundle.max_seq_len, device=device, threads=threads)
+    opened = Choice(executor, device, threads, cuda_graphs=cuda_graphs).open(bundle)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repetitions": repetitions}
     with (stages or Stages(quiet=True)).stage("bench", repetitions * (prompt_tokens + new_tokens)) as advance:
-        return measure(executor, bundle.config.vocab_size, advance=advance, **sizes)
+        return measure(opened, bundle.config.vocab_size, advance=advance, **sizes)
 
 
 def simulate(

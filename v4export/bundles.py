@@ -11,8 +11,8 @@ from v4export.config import ModelConfig
 from v4export.cpp import verb as cpp_packaging
 from v4export.errors import BadInput
 from v4export.package.bundle import Bundle
+from v4export.runtime.executors import ONNXRUNTIME, Choice
 from v4export.runtime.generate import Generation, run_text
-from v4export.runtime.onnx import OnnxExecutor
 from v4export.runtime.pausing import Pausing
 from v4export.runtime.sampling import Sampling
 from v4export.runtime.tokenizer import load_tokenizer
@@ -43,9 +43,14 @@ def run(
     threads: int = 0,
     accuracy_level: int = 0,
     device: str = "cpu",
+    executor: str = ONNXRUNTIME,
+    cuda_graphs: bool = True,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Generate text from a bundle with onnxruntime; ``on_text`` is told text as it comes.
+    """Generate text from a bundle; ``on_text`` is told text as it comes.
+
+    What runs it is an ``executor`` of ``v4export.runtime.executors``: onnxruntime on a ``device``, or TensorRT, whose
+    engines the bundle has, with or without ``cuda_graphs``.
 
     With ``chat``, the prompt is a question, and with ``messages``, a JSON file of them, a conversation goes on: by the
     checkpoint's chat template, or its family's; ``thinking`` lets the model reason first. The result has an ``answer``.
@@ -67,16 +72,7 @@ def run(
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     tokenizer = load_tokenizer(bundle.folder)
     generation = run_text(
-        OnnxExecutor(
-            bundle.folder,
-            bundle.config,
-            bundle.precision,
-            max_seq_len=bundle.max_seq_len,
-            device=device,
-            threads=threads,
-            accuracy_level=accuracy_level,
-            sharding=bundle.sharding,
-        ),
+        Choice(executor, device, threads, accuracy_level, cuda_graphs).open(bundle),
         tokenizer,
         text,
         max_new_tokens=max_new_tokens,
@@ -120,6 +116,8 @@ def package(
     *,
     name: str | None = None,
     device: str = "cpu",
+    executor: str = ONNXRUNTIME,
+    cuda_graphs: bool = True,
     slots: int = Limits.slots,
     queue: int = Limits.queue,
     chunk: int = Limits.chunk,
@@ -133,6 +131,8 @@ def package(
         out: the repository, which must not exist.
         name: of the model; the bundle's folder's unless given.
         device: that onnxruntime runs on in the server.
+        executor: a name of ``v4export.runtime.executors``.
+        cuda_graphs: whether TensorRT's decode steps are replayed as CUDA graphs.
         slots: sequences that get tokens at the same time.
         queue: requests that may wait for one.
         chunk: the most prompt tokens read between two tokens of others.
@@ -146,8 +146,7 @@ def package(
         Bundle.open(Path(folder)),
         Path(out),
         name=name,
-        device=device,
+        choice=Choice(executor, device, threads, cuda_graphs=cuda_graphs),
         limits=Limits(slots, queue, chunk),
         max_tokens=max_tokens,
-        threads=threads,
     )

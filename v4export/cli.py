@@ -18,6 +18,7 @@ import click
 from v4export import cli_package, cli_scale, show
 from v4export.cli_options import (
     batch_option,
+    executor_options,
     json_option,
     layers_of,
     model_options,
@@ -341,10 +342,11 @@ def evaluate(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     help="Of int4 and int8 on a CPU: 4 rounds activations to int8, which is faster.",
 )
 @_device
+@executor_options
 @click.option("-v", "--verbose", is_flag=True, help="Where it paused to think, and what it thought, on stderr.")
 @json_option
 def run(bundle: Path, as_json: bool, verbose: bool, **given: Any) -> None:
-    """Generate text from a BUNDLE with onnxruntime.
+    """Generate text from a BUNDLE with onnxruntime, or its engines with TensorRT.
 
     The ranks of a shared model run in this process, or each in its own where torchrun starts them: torchrun --no-python
     --nproc-per-node N v4export run BUNDLE ..; the first of them prints.

@@ -86,6 +86,23 @@ sharding_options = options(
     )
 )
 
+#: What runs a bundle.
+executor_options = options(
+    click.option(
+        "--executor",
+        type=click.Choice(["onnxruntime", "tensorrt"]),
+        default="onnxruntime",
+        show_default=True,
+        help="tensorrt runs the bundle's engines, on a GPU.",
+    ),
+    click.option(
+        "--cuda-graphs/--no-cuda-graphs",
+        default=True,
+        show_default=True,
+        help="Of tensorrt: launch all of a decode step at once.",
+    ),
+)
+
 out_folder = click.Path(path_type=Path)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from v4export.cli_options import json_option, out_folder, print_result
+from v4export.cli_options import executor_options, json_option, out_folder, print_result
 from v4export.errors import BadInput
 from v4export.serve.limits import Limits
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--cpp", type=out_folder, metavar="DIR", help="CMake project of a C++ runner to make: ids in, ids out.")
 @click.option("--name", help="Of Triton's model.  [default: the bundle's]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of the server.")
+@executor_options
 @click.option("--slots", type=click.IntRange(1), default=Limits.slots, show_default=True, help="Sequences at a time.")
 @click.option("--queue", type=click.IntRange(1), default=Limits.queue, show_default=True, help="Requests that wait.")
 @click.option(

@@ -10,6 +10,7 @@ import click
 from v4export import show_scale as show
 from v4export.cli_options import (
     batch_option,
+    executor_options,
     json_option,
     model_options,
     options,
@@ -20,6 +21,9 @@ from v4export.cli_options import (
     target_option,
 )
 from v4export.progress import Stages
+
+#: What a measurement is told, and a simulation is not.
+_MEASURED = ("prompt_tokens", "new_tokens", "repetitions", "threads", "executor", "cuda_graphs")
 
 _plan_options = options(
     click.argument("model"),
@@ -61,6 +65,7 @@ def plan(model: str, as_json: bool, **given: Any) -> None:
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True)
 @click.option("-t", "--threads", type=click.IntRange(0), default=0, help="Of onnxruntime; 0 lets it choose.")
 @click.option("--device", help="cpu or cuda; of a simulation h200, rtx4090, ...  [default: cpu; h200]")
+@executor_options
 @click.option("--simulate", "devices", type=click.IntRange(1), metavar="N", help="On N devices, without any.")
 @sharding_options
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences, simulated.")
@@ -83,7 +88,7 @@ def bench(model: str, devices: int | None, as_json: bool, quiet: bool, device: s
     """
     from v4export import api
 
-    measuring = {name: given.pop(name) for name in ("prompt_tokens", "new_tokens", "repetitions", "threads")}
+    measuring = {name: given.pop(name) for name in _MEASURED}
     if devices is None:
         speed = api.bench(model, device=device or "cpu", stages=Stages(quiet=quiet), **measuring)
         return print_result(as_json, show.speed_json(speed), show.speed(speed))

@@ -14,14 +14,6 @@ from v4export.engine.backend import cuda_devices
 from v4export.engine.options import EngineOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda_devices(), reason="no CUDA device")]
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture(params=["tiny-v3", "tiny-v4x", "tiny-v3.2", "tiny-v4-fp4", "tiny-v4.1"])
-def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A checkpoint of each way of attending, and one that thinks."""
-    trained = EXAMPLES / request.param
-    return trained if trained.exists() else api.synth(request.param, tmp_path / "hub")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8", "mxfp4"])

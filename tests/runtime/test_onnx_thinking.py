@@ -25,7 +25,7 @@ from v4export.runtime.onnx import OnnxExecutor
 from v4export.runtime.pausing import Pausing, Thought
 from v4export.runtime.sampling import Sampler, Sampling
 from v4export.runtime.state import State
-from v4export.runtime.thinking import OnnxThinker
+from v4export.runtime.thinking import Thinker
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +138,7 @@ def test_unrolled_equals_looped(executor, lengths):
 def test_any_number_of_steps_equals_the_definition(executor, head, monkeypatch, steps):
     """Fewer than were exported are looped."""
     if steps < STEPS:
-        monkeypatch.setattr(OnnxThinker, "_unrolled", None)
+        monkeypatch.setattr(Thinker, "_unrolled", None)
     fed, at_BQ = feed(executor, [LENGTH] * 2), np.arange(LENGTH)[None].repeat(2, 0)
     latent = torch.from_numpy(fed.state.held(CONFIG.num_layers, "latent"))
     with torch.no_grad():

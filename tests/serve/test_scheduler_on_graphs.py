@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from played_tensorrt import TensorRT, engine_executor, played_cuda_graphs, with_engines
 from serving import Letters, Listener
 from small_models import small
 from traced import export_bundle
 
 from v4export.checkpoint.synth import synth
 from v4export.config import Reasoning
-from v4export.runtime.generate import generate
+from v4export.runtime.executors import EXECUTORS, ONNXRUNTIME
+from v4export.runtime.generate import Executor, generate
 from v4export.runtime.onnx import OnnxExecutor
 from v4export.runtime.pausing import Pausing
 from v4export.runtime.sampling import Sampler, Sampling
@@ -31,14 +34,25 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
-def executor(request, tmp_path) -> OnnxExecutor:
-    hub = synth(MODELS[request.param], tmp_path / "hub")
-    bundle = export_bundle(hub, tmp_path / "out", "fp32")
-    return OnnxExecutor(bundle.folder, bundle.config, bundle.precision, max_seq_len=bundle.max_seq_len, threads=1)
+@pytest.fixture(params=[(model, by) for model in MODELS for by in EXECUTORS], ids="-".join)
+def executors(request, tmp_path) -> Iterator[tuple[Executor, OnnxExecutor]]:
+    """What serves, and onnxruntime, which says what each gets alone."""
+    model, by = request.param
+    bundle = export_bundle(synth(MODELS[model], tmp_path / "hub"), tmp_path / "out", "fp32")
+    made = (bundle.folder, bundle.config, bundle.precision)
+    alone = OnnxExecutor(*made, max_seq_len=bundle.max_seq_len, threads=1)
+    if by == ONNXRUNTIME:
+        yield alone, alone
+        return
+    package = TensorRT()
+    with played_cuda_graphs(package):
+        engine = engine_executor(package, with_engines(bundle))
+        yield engine, alone
+    assert engine.replays.replayed and engine.replays.reason is None
 
 
-def test_each_gets_what_it_gets_alone(executor):
+def test_each_gets_what_it_gets_alone(executors):
+    executor, by_itself = executors
     random, thinks = np.random.default_rng(0), executor.config.thinks
     sizes = [(3, 20), (150, 30), (17, 9), (40, 40), (5, 1), (290, 12), (64, 25), (31, 33)]
     asked = []
@@ -54,7 +68,9 @@ def test_each_gets_what_it_gets_alone(executor):
     assert [one.error for one in found] == [None] * len(sizes)
     for one, listener in zip(asked, found, strict=True):
         how = {"max_new_tokens": one.max_tokens, "pausing": one.pausing, "chunk": 32}
-        alone = list(generate(executor, [one.tokens], sampler=Sampler(Sampling()), **how))
+        alone = list(generate(by_itself, [one.tokens], sampler=Sampler(Sampling()), **how))
         assert listener.tokens == [event.tokens_B[0] for event in alone]
         assert listener.usage.thoughts == sum(any(event.pauses_B) for event in alone)
     assert any(listener.usage.thoughts for listener in found) == thinks
+    replayed = executor.replays.replayed if executor is not by_itself else 0
+    assert scheduler.metrics.values()["replayed_steps"] == replayed

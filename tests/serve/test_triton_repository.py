@@ -14,6 +14,7 @@ from v4export import api
 from v4export.config.sharding import Sharding
 from v4export.errors import BadInput, NotSupported
 from v4export.package.bundle import Bundle
+from v4export.runtime.executors import Choice
 from v4export.serve.asked import INPUTS, OUTPUTS
 from v4export.serve.limits import Limits
 from v4export.serve.repository import engine_config, write_repository
@@ -49,7 +50,7 @@ def with_engine(bundle: Bundle, backend: str = "tensorrt") -> Bundle:
 
 
 def test_a_repository_is_made_of_a_bundle_and_of_nothing_else(bundle, tmp_path):
-    made = write_repository(bundle, tmp_path / "models", name="m", limits=Limits(3, 5, 7), threads=2)
+    made = write_repository(bundle, tmp_path / "models", name="m", limits=Limits(3, 5, 7))
     assert made.models == ("m",) and not made.chat and made.no_engine == "the bundle has no engine"
     inside = made.folder / "m" / "1" / "bundle"
     names = sorted(p.relative_to(inside) for p in inside.rglob("*"))
@@ -61,15 +62,20 @@ def test_a_repository_is_made_of_a_bundle_and_of_nothing_else(bundle, tmp_path):
 
 
 def test_its_configuration_is_triton_s(bundle, tmp_path):
-    made = write_repository(bundle, tmp_path / "models", name="m", limits=Limits(3, 5, 7), max_tokens=11, threads=2)
+    made = write_repository(
+        bundle, tmp_path / "models", name="m", limits=Limits(3, 5, 7), max_tokens=11, choice=Choice(threads=2)
+    )
     config = parsed((made.folder / "m" / "config.pbtxt").read_text())
     assert (config.name, config.backend, config.max_batch_size) == ("m", "python", 0)
     assert config.model_transaction_policy.decoupled
     assert [one.name for one in config.input] == list(INPUTS) and all(one.optional for one in config.input)
     assert [one.name for one in config.output] == list(OUTPUTS)
     given = {key: value.string_value for key, value in config.parameters.items()}
-    assert given == {"slots": "3", "queue": "5", "chunk": "7", "max_tokens": "11", "threads": "2", "device": "cpu"}
-    cuda = write_repository(bundle, tmp_path / "cuda", device="cuda")
+    assert given == {
+        **{"slots": "3", "queue": "5", "chunk": "7", "max_tokens": "11", "threads": "2", "device": "cpu"},
+        **{"executor": "onnxruntime", "cuda_graphs": "1"},
+    }
+    cuda = write_repository(bundle, tmp_path / "cuda", choice=Choice(device="cuda"))
     config = parsed((cuda.folder / "tiny" / "config.pbtxt").read_text())
     assert config.parameters["device"].string_value == "cuda"
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU

@@ -32,7 +32,8 @@ TIED = Boundary(
 COST = Cost(f"trace {HOSTILE}", 2.5, 1.0, 12.0, 10.0, None, None)
 ENGINE = EngineReport(
     path=Path("model.engine"), bytes=3 << 20, sha256="ab", backend="tensorrt_rtx", backend_version="1.2.3",
-    targets=("sm89", "sm120"), precision="bf16", layers={"MATRIX_MULTIPLY": 7}, dtypes={"BF16": 9},
+    targets=("sm89", "sm120"), precision="bf16", plugins="none", max_batch=1,
+    layers={"MATRIX_MULTIPLY": 7}, dtypes={"BF16": 9},
     proofs=[("weights are stored as bf16", "constants in the plan: bf16 12 MiB"), (HOSTILE, HOSTILE)],
     warnings=[f"careful {HOSTILE}"], seconds=1.5, peak_mib=100.0, weights_mib=12.0, activations_mib=3.0,
 )  # fmt: skip

@@ -99,8 +99,10 @@ def standard_works() -> bool:
     return done.returncode == 0 and "works" in done.stdout
 
 
-def choose_backend(prefer: str | None = None) -> str:
+def choose_backend(prefer: str | None = None, purpose: str = "Building an engine") -> str:
     """The name of the package to use: the one asked for, else ``tensorrt`` where it works, else ``tensorrt_rtx``.
+
+    ``purpose`` is for the error.
 
     Raises:
         BadInput: ``prefer`` is neither package.
@@ -113,22 +115,22 @@ def choose_backend(prefer: str | None = None) -> str:
     if name not in EXTRAS:
         raise BadInput(f"No backend is called {prefer!r}", f"known: {', '.join(EXTRAS)}", "Choose one of them.")
     if importlib.util.find_spec(name) is None:
-        raise missing_package(name, EXTRAS[name], "Building an engine")
+        raise missing_package(name, EXTRAS[name], purpose)
     if name == "tensorrt" and not standard_works():
         raise NotSupported(
-            "tensorrt is installed and cannot build here",
+            "tensorrt is installed and cannot work here",
             f"CUDA devices: {', '.join(d.name for d in cuda_devices()) or 'none'}",
             "It needs a GPU, its driver and TensorRT's full libraries; --backend tensorrt_rtx builds without them.",
         )
     return name
 
 
-def load_backend(prefer: str | None = None) -> Backend:
-    """Imports the package ``choose_backend`` names.
+def load_backend(prefer: str | None = None, purpose: str = "Building an engine") -> Backend:
+    """Imports the package ``choose_backend`` names; ``purpose`` is for its error.
 
     Importing is safe anywhere; making a Builder is left to the build's child process.
     """
-    name = choose_backend(prefer)
+    name = choose_backend(prefer, purpose)
     try:
         module = importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as e:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from v4export.engine.backend import choose_backend, cuda_devices, package_version, plugin_environment
-from v4export.engine.profiles import ShapeOverride, derive_profiles, input_dims
+from v4export.engine.profiles import ShapeOverride, derive_profiles, input_dims, most_sequences
 from v4export.engine.targets import resolve_targets
 from v4export.errors import BadInput, NotEnough, NotSupported, V4Error
 from v4export.precision import Precision
@@ -38,6 +38,8 @@ class EngineReport:
         backend_version: that package's version; an engine runs with this version only.
         targets: compute capabilities it was built for.
         precision: what was asked for and shown to be there.
+        plugins: how kernels got in, a name of ``implementations.WAYS``.
+        max_batch: most sequences of a step.
         layers: layers of the parsed network, by type.
         dtypes: outputs of those layers, by type.
         proofs: (claim, evidence), each checked.
@@ -55,6 +57,8 @@ class EngineReport:
     backend_version: str
     targets: tuple[str, ...]
     precision: str
+    plugins: str
+    max_batch: int
     layers: dict[str, int]
     dtypes: dict[str, int]
     proofs: list[tuple[str, str]]
@@ -154,6 +158,8 @@ def build_engine(
         backend_version=package_version(name) or result["version"],
         targets=chosen,
         precision=precision.name,
+        plugins=plugins,
+        max_batch=most_sequences(profiles, max_batch),
         layers=result["layers"],
         dtypes=result["dtypes"],
         proofs=[(proof["claim"], proof["evidence"]) for proof in result["proofs"]],

@@ -108,6 +108,11 @@ def derive_profiles(
     return tuple(Profile(name, _shapes(inputs, sizes, {})) for name, sizes in table.items())
 
 
+def most_sequences(profiles: Sequence[Profile], asked: int) -> int:
+    """Of a step, where a user's own shapes may have others than were asked for."""
+    return max((one.shapes["position"][2][0] for one in profiles if "position" in one.shapes), default=asked)
+
+
 def parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
     """trtexec's ``name:1x4,other:1`` as a dictionary. Names may hold colons; the shape follows the last one.
 

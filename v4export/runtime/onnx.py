@@ -11,22 +11,19 @@ import numpy as np
 
 from v4export.config import ModelConfig
 from v4export.config.sharding import Sharding
-from v4export.engram.files import load_feed
-from v4export.errors import BadInput
 from v4export.graphs.export import PORTABLE, REMEMBERING
-from v4export.graphs.shards import numpy_dtype
-from v4export.graphs.stamp import engram_name, new_state_name, state_name
-from v4export.graphs.trace import DECODER_START
+from v4export.graphs.stamp import new_state_name, state_name
 from v4export.precision import Precision
+from v4export.runtime.executing import GraphExecutor, advance
 from v4export.runtime.generate import Coming
 from v4export.runtime.ranks import session
 from v4export.runtime.sessions import Running, Session
 from v4export.runtime.state import State
-from v4export.runtime.thinking import OnnxThinker, Thought
-from v4export.state_contract import may_skip_decoder, state_tensors
+from v4export.runtime.thinking import Thinker
+from v4export.state_contract import state_tensors
 
 
-class OnnxExecutor:
+class OnnxExecutor(GraphExecutor):
     """One onnxruntime session over a bundle.
 
     Args:
@@ -65,8 +62,7 @@ class OnnxExecutor:
         accuracy_level: int = 0,
         sharding: Sharding | None = None,
     ) -> None:
-        self.config, self.max_seq_len = config, max_seq_len
-        self._state_dtype = numpy_dtype(precision.activations)
+        super().__init__(folder, config, precision, max_seq_len)
         how = Running(folder, device, threads, prepack, bodies, accuracy_level)
         layers = range(config.state_layers)
         rows = {new_state_name(layer, t.name) for layer in layers for t in state_tensors(config, layer)}
@@ -76,19 +72,18 @@ class OnnxExecutor:
         self._held = self._session.reads if sharding else None
         # Few users of a model with a decoder skip it, and a second session has weights of its own.
         self._remembering = functools.cache(lambda: Session(how, REMEMBERING))
-        self._lookup = load_feed(folder, self._state_dtype) if config.engram else None
-        self._thinker = OnnxThinker(how, config, self._state_dtype, thought_taps) if config.thinks else None
+        if config.thinks:
+            self._thinker = Thinker(
+                lambda graph, taps: Session(how, graph, taps), config, self._state_dtype, thought_taps
+            )
         self.tapped: dict[str, np.ndarray] = {}
-        self.trunk: np.ndarray | None = None
-        self._has_decoder = any(map(config.is_decoder, range(config.num_layers)))
-        skips = config.compressed and may_skip_decoder(config) and sharding is None
-        self.tail = config.compressed.window if config.compressed and skips else None
+        if sharding:  # what skips the decoder is a graph of its own, which ranks have none of
+            self.tail = None
 
     def new_state(self, batch: int = 1) -> State:
         """A state for ``batch`` sequences that holds no token."""
         state = State.empty(self.config, batch, self._state_dtype, self.max_seq_len, self._held)
-        if self._lookup:
-            state.history_BN = self._lookup.hasher.empty_history(batch)
+        state.history_BN = self._history(batch)
         return state
 
     def step(
@@ -114,9 +109,7 @@ class OnnxExecutor:
             logits float32 [B, Q, V].
         """
         logits = np.empty((*logits_at_BQ.shape, self.config.vocab_size), np.float32)
-        given, outputs = {"logits_at": logits_at_BQ}, {"logits": logits}
-        if self._has_decoder:
-            given[DECODER_START] = state.decoder_start_B
+        given, outputs = {"logits_at": logits_at_BQ, **self._given(state)}, {"logits": logits}
         if self._thinker:
             self.trunk = np.empty((*logits_at_BQ.shape, self.config.hidden_size), self._state_dtype)
             outputs["trunk"] = self.trunk
@@ -124,7 +117,7 @@ class OnnxExecutor:
         self.tapped = self._run(self._session, tokens_BS, state, lengths_B, given | found, outputs)
         found |= {name: outputs[name] for name in self._row_taps}
         self.tapped |= {name: rows.reshape(-1, rows.shape[-1]) for name, rows in found.items()}
-        state.commit(_advance(tokens_BS, lengths_B))
+        state.commit(advance(tokens_BS, lengths_B))
         return logits
 
     def remember(
@@ -142,41 +135,7 @@ class OnnxExecutor:
         """
         found = self._looked_up(tokens_BS, state, lengths_B, coming)
         self._run(self._remembering(), tokens_BS, state, lengths_B, found, {}, remembered_only=True)
-        state.commit(_advance(tokens_BS, lengths_B), past_decoder=False)
-
-    def think(
-        self,
-        trunk_BQD: np.ndarray,
-        state: State,
-        *,
-        at_BQ: np.ndarray | None = None,
-        steps: int | None = None,
-        looped: bool = False,
-    ) -> Thought:
-        """Think about positions that the state holds; arguments as for ``Thinks.think``.
-
-        Raises:
-            BadInput: the model does not think, or was not exported for so many steps.
-        """
-        if self._thinker is None:
-            raise BadInput("this model was exported without reasoning layers", fix="leave --think out")
-        # A sequence that holds nothing rides along, and has no last token.
-        at_BQ = np.maximum(state.lengths_B[:, None] - 1, 0) if at_BQ is None else at_BQ
-        layers = range(self.config.num_layers, self.config.state_layers)
-        rows = {state_name(layer, name): state.held(layer, name) for layer in layers for name in state.layers[layer]}
-        return self._thinker.think(trunk_BQD, np.ascontiguousarray(at_BQ, np.int64), rows, steps, looped)
-
-    def _looked_up(
-        self, tokens_BS: np.ndarray, state: State, lengths_B: np.ndarray | None, coming: Coming | None
-    ) -> dict[str, np.ndarray]:
-        """What Engram layers look up for the step's tokens, by the graph's names."""
-        if self._lookup is None:
-            return {}
-        assert state.history_BN is not None
-        found, state.history_BN = self._lookup.rows(tokens_BS, state.history_BN, lengths_B)
-        if coming:
-            self._lookup.prefetch(coming[0], state.history_BN, coming[1])
-        return {engram_name(layer): np.ascontiguousarray(rows) for layer, rows in found.items()}
+        state.commit(advance(tokens_BS, lengths_B), past_decoder=False)
 
     def _run(
         self,
@@ -199,8 +158,3 @@ class OnnxExecutor:
                     inputs[state_name(layer, name)] = state.held(layer, name)
                     outputs[new_state_name(layer, name)] = state.room(layer, name)
         return session.run(inputs, outputs)
-
-
-def _advance(tokens_BS: np.ndarray, lengths_B: np.ndarray | None) -> np.ndarray:
-    """By how many tokens each sequence advances, [B]."""
-    return np.full(len(tokens_BS), tokens_BS.shape[1]) if lengths_B is None else lengths_B

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 
@@ -31,6 +32,15 @@ class Buffer:
     array: np.ndarray
     remembered: bool = True
     scratch: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, tensor: StateTensor, batch: int, dtype: np.dtype, remembered: bool) -> Buffer:
+        """A buffer that holds nothing, with all rows of a ring or a first one."""
+        return cls(tensor, np.zeros((batch, tensor.ring or 1, tensor.width), dtype), remembered)
+
+    def first(self, count: int) -> Buffer:
+        """The same memory of the first sequences alone."""
+        return Buffer(self.tensor, self.array[:count], self.remembered)
 
     def grow(self, rows: int) -> None:
         """Make room for so many rows."""
@@ -76,14 +86,28 @@ class State:
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, batch: int, dtype: np.dtype, limit: int, held: Container[str] | None = None
-    ) -> State:
-        """A state that holds no token; of ``held`` tensors alone, by the graph's names, where they are given."""
+        cls,
+        config: ModelConfig,
+        batch: int,
+        dtype: np.dtype,
+        limit: int,
+        held: Container[str] | None = None,
+        make: Callable[[StateTensor, int, np.dtype, bool], Buffer] = Buffer.of,
+    ) -> Self:
+        """A state that holds no token.
+
+        Args:
+            config: the model.
+            batch: sequences.
+            dtype: of activations.
+            limit: most tokens of a sequence.
+            held: the only tensors it has, by the graph's names; all unless given.
+            make: a buffer of a tensor, for so many sequences, of a type, remembered or not.
+        """
 
         def buffer(tensor: StateTensor, layer: int) -> Buffer:
             kind = numpy_dtype(tensor.dtype) if tensor.dtype else dtype
-            array = np.zeros((batch, tensor.ring or 1, tensor.width), kind)
-            return Buffer(tensor, array, tensor in remembered(config, layer))
+            return make(tensor, batch, kind, tensor in remembered(config, layer))
 
         def there(layer: int) -> list[StateTensor]:
             return [t for t in state_tensors(config, layer) if held is None or state_name(layer, t.name) in held]
@@ -167,6 +191,13 @@ class State:
             past_decoder: whether they have passed the decoder; if not, it knows of none before them either.
         """
         after_B = self.lengths_B + lengths_B
+        self._take(after_B, past_decoder)
+        if not past_decoder:
+            self.decoder_start_B = np.where(lengths_B > 0, after_B, self.decoder_start_B)
+        self.lengths_B = after_B
+
+    def _take(self, after_B: np.ndarray, past_decoder: bool) -> None:
+        """Put new rows in their places, where they were not written there."""
         for buffer in self.buffers:
             tensor, scratch = buffer.tensor, buffer.scratch
             if self._in_place(tensor) or not (past_decoder or buffer.remembered):
@@ -175,9 +206,6 @@ class State:
             for b, (before, after) in enumerate(zip(self.lengths_B.tolist(), after_B.tolist(), strict=True)):
                 first = tensor.complete(before)
                 buffer.take(b, first, scratch[b, : tensor.complete(after) - first])
-        if not past_decoder:
-            self.decoder_start_B = np.where(lengths_B > 0, after_B, self.decoder_start_B)
-        self.lengths_B = after_B
 
     def put(self, b: int, other: State) -> None:
         """Make sequence ``b`` hold what ``other``, a state of one sequence of the same model, holds."""
@@ -195,7 +223,7 @@ class State:
             self.history_BN = self.history_BN.copy()
             self.history_BN[b] = other.history_BN[0]
 
-    def first(self, count: int) -> State:
+    def first(self, count: int) -> Self:
         """A state of the first ``count`` sequences in the same memory, with room for one more token of each.
 
         A step of it costs nothing for the others. Until ``adopt`` has taken back how long they are now, it alone is
@@ -204,10 +232,12 @@ class State:
         longest = int(self.lengths_B[:count].max()) + 1
         if self._capacity < longest <= self.limit:
             self._grow(max(longest, min(2 * self._capacity, self.limit)))
-        layers = [{n: Buffer(b.tensor, b.array[:count], b.remembered) for n, b in one.items()} for one in self.layers]
+        layers = [{name: buffer.first(count) for name, buffer in one.items()} for one in self.layers]
         history = None if self.history_BN is None else self.history_BN[:count]
         starts = self.decoder_start_B[:count]
-        return State(layers, self.lengths_B[:count], self.limit, starts, history, self._capacity)
+        return replace(
+            self, layers=layers, lengths_B=self.lengths_B[:count], decoder_start_B=starts, history_BN=history
+        )
 
     def adopt(self, first: State) -> None:
         """Take what a step has changed of the first sequences, whose rows lie here already."""

@@ -1,29 +1,38 @@
-"""Runs thoughts through onnxruntime: the unrolled graph, or one step at a time."""
+"""Runs thoughts: the unrolled graph, or one step at a time."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from v4export.config import ModelConfig
 from v4export.graphs.export import THINKING, THINKING_MIX, THINKING_STEP
 from v4export.runtime.pausing import Thought, check_steps
-from v4export.runtime.sessions import Running, Session
 
 
-class OnnxThinker:
+class Runs(Protocol):
+    """What runs a graph, as ``runtime.sessions.Session`` does."""
+
+    def run(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], fetched: Sequence[str]) -> dict[str, Any]:
+        """From inputs by name, what is fetched and what the graph was opened to return besides."""
+
+
+class Thinker:
     """The graphs of a bundle's thoughts.
 
     Args:
-        how: they are run.
+        opened: a graph, by its name and those of values inside it that it returns as well.
         config: the model.
         dtype: of activations.
         taps: return hidden states after each layer as well.
     """
 
-    def __init__(self, how: Running, config: ModelConfig, dtype: np.dtype, taps: bool = False) -> None:
+    def __init__(
+        self, opened: Callable[[str, Sequence[str]], Runs], config: ModelConfig, dtype: np.dtype, taps: bool = False
+    ) -> None:
         assert config.reasoning is not None
         self._dtype = dtype
         self.config, self.steps, self.layers = config, config.reasoning.steps, range(config.reasoning.layers)
@@ -31,15 +40,15 @@ class OnnxThinker:
         self._taps = each if taps else {}
         self._step_taps = [f"thought.{j}" for j in self.layers] if taps else []
         # A caller needs one form or the other, and a session has weights of its own.
-        self._whole = functools.cache(lambda: Session(how, THINKING, tuple(self._taps.values())))
-        self._step = functools.cache(lambda: Session(how, THINKING_STEP, self._step_taps))
-        self._mix = functools.cache(lambda: Session(how, THINKING_MIX))
+        self._whole = functools.cache(lambda: opened(THINKING, tuple(self._taps.values())))
+        self._step = functools.cache(lambda: opened(THINKING_STEP, self._step_taps))
+        self._mix = functools.cache(lambda: opened(THINKING_MIX, ()))
 
     def think(
         self,
         trunk_BQD: np.ndarray,
         at_BQ: np.ndarray,
-        rows: Mapping[str, np.ndarray],
+        rows: Mapping[str, Any],
         steps: int | None = None,
         looped: bool = False,
     ) -> Thought:
@@ -48,7 +57,7 @@ class OnnxThinker:
         Args:
             trunk_BQD: the model's last hidden states there, in any type that holds them.
             at_BQ: the positions, int64.
-            rows: of each reasoning layer its state of the sequences, by the graphs' names.
+            rows: of each reasoning layer its state of the sequences, by the graphs' names, wherever the graphs read it.
             steps: of a thought; the unrolled graph has its own number, any up to it can be looped.
             looped: run a step at a time whatever their number.
 
@@ -60,14 +69,14 @@ class OnnxThinker:
         given = {"trunk": np.ascontiguousarray(trunk_BQD, self._dtype), "thought_at": at_BQ, **rows}
         return self._loop(given, steps) if looped or steps < self.steps else self._unrolled(given)
 
-    def _unrolled(self, given: dict[str, np.ndarray]) -> Thought:
+    def _unrolled(self, given: dict[str, Any]) -> Thought:
         names = ["logits", "weight", *(["tokens"] if self.steps > 2 else [])]
         found = self._whole().run(given, {}, names)
         tokens = found.get("tokens", _none(given["thought_at"]))
         hidden = {place: found[name] for place, name in self._taps.items()}
         return Thought(found["logits"], found["weight"], tokens, hidden)
 
-    def _loop(self, given: dict[str, np.ndarray], steps: int) -> Thought:
+    def _loop(self, given: dict[str, Any], steps: int) -> Thought:
         trunk, at_BQ = given.pop("trunk"), given["thought_at"]
         # Behind the vocabulary: what stands for the start of a thought, and for its end.
         start, end = self.config.vocab_size, self.config.vocab_size + 1

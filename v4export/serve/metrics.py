@@ -17,6 +17,7 @@ MEASURES = {
     "token_intervals": (COUNTER, "Tokens of answers that have ended, without the first ones"),
     "token_interval_seconds": (COUNTER, "Time between the first and the last tokens of answers that have ended"),
     "queue_seconds": (COUNTER, "Time that requests have waited to be read, added up"),
+    "replayed_steps": (COUNTER, "Steps of all sequences that TensorRT ran as CUDA graphs"),
     "finished": (COUNTER, "Answers that are complete"),
     "cancelled": (COUNTER, "Answers that nobody wanted any more"),
     "failed": (COUNTER, "Answers that have ended by an error"),

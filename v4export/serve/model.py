@@ -17,7 +17,7 @@ import numpy as np
 from v4export.chat import ChatTemplate
 from v4export.errors import BadInput, NotSupported, V4Error
 from v4export.package.bundle import Bundle
-from v4export.runtime.onnx import OnnxExecutor
+from v4export.runtime.executors import Choice
 from v4export.runtime.tokenizer import load_tokenizer
 from v4export.serve.answer import Cancelled, Closed, Failed, Piece, QueueFull
 from v4export.serve.asked import INPUTS, TEXT, Reader
@@ -56,15 +56,15 @@ class Model:
         check_arrays(utilities)
         set_up = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], BUNDLE))
-        self._executor = OnnxExecutor(
-            bundle.folder,
-            bundle.config,
-            bundle.precision,
-            max_seq_len=bundle.max_seq_len,
-            device=set_up["device"],
-            threads=int(set_up["threads"]),
-            sharding=bundle.sharding,
+        choice = Choice(
+            set_up["executor"],
+            set_up["device"],
+            int(set_up["threads"]),
+            cuda_graphs=bool(int(set_up["cuda_graphs"])),
+            # Triton starts an instance on every GPU, unless told which.
+            index=int(args["model_instance_device_id"]),
         )
+        self._executor = choice.open(bundle)
         tokenizer, template = load_tokenizer(bundle.folder), ChatTemplate.find(bundle.folder, bundle.config)
         self._reader = Reader(bundle, tokenizer, template, int(set_up["max_tokens"]))
         limits = Limits(*(int(set_up[name]) for name in ("slots", "queue", "chunk")))

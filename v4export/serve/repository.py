@@ -16,6 +16,7 @@ from v4export.chat import ChatTemplate
 from v4export.errors import BadInput, NotSupported
 from v4export.package.bundle import Bundle
 from v4export.package.whole import whole_folder
+from v4export.runtime.executors import TENSORRT, Choice
 from v4export.runtime.sessions import PROVIDERS
 from v4export.runtime.tokenizer import load_tokenizer
 from v4export.serve.asked import INPUTS, OUTPUTS, Input
@@ -62,10 +63,9 @@ def write_repository(
     out: Path,
     *,
     name: str | None = None,
-    device: str = "cpu",
+    choice: Choice | None = None,
     limits: Limits | None = None,
     max_tokens: int = 256,
-    threads: int = 0,
 ) -> Packaged:
     """Write a model repository, whole or not at all.
 
@@ -73,25 +73,37 @@ def write_repository(
         bundle: what is to be served.
         out: the folder to make.
         name: of the model; the bundle's folder's unless given.
-        device: that onnxruntime runs on, ``cpu`` or ``cuda``.
+        choice: what runs it in the server; onnxruntime on a CPU unless given.
         limits: of the scheduler; the defaults unless given.
         max_tokens: new tokens where a client names no number.
-        threads: of onnxruntime; 0 lets it choose.
 
     Raises:
-        BadInput: ``out`` exists, the name is none, or the bundle has no tokenizer or has changed.
+        BadInput: ``out`` exists, the name is none, the bundle has no tokenizer or has changed, or its engine is for
+            fewer sequences than there are slots.
+        NotSupported: TensorRT is to run it, and it has no engine.
     """
     name = bundle.folder.resolve().name if name is None else name
     if not _NAME.fullmatch(name):
         raise BadInput(f"{name!r} is no name of a model", fix="give --name of letters, digits, dots, _ and -")
-    if device not in PROVIDERS:
-        raise BadInput(f"unknown device {device!r}", f"known: {', '.join(PROVIDERS)}", "choose one of them")
+    choice = choice or Choice()
+    if choice.device not in PROVIDERS:
+        raise BadInput(f"unknown device {choice.device!r}", f"known: {', '.join(PROVIDERS)}", "choose one of them")
+    limits = limits or Limits()
+    if choice.executor == TENSORRT:
+        _check_engine(bundle, limits.slots)
     bundle.check_files()
     load_tokenizer(bundle.folder)
     chat = ChatTemplate.find(bundle.folder, bundle.config) is not None
-    set_up = {"device": device, "threads": threads, "max_tokens": max_tokens, **vars(limits or Limits())}
+    set_up = {
+        "executor": choice.executor,
+        "device": choice.runs_on,
+        "threads": choice.threads,
+        "cuda_graphs": int(choice.cuda_graphs),
+        "max_tokens": max_tokens,
+        **vars(limits),
+    }
     with whole_folder(out, force=False) as folder:
-        version = _version(folder / name, python_config(name, device, set_up))
+        version = _version(folder / name, python_config(name, choice.runs_on, set_up))
         shutil.copyfile(_LOADED, version / MODEL_FILE)
         _bring(bundle.folder, version / BUNDLE)
         models, reason = [name], None
@@ -102,6 +114,18 @@ def write_repository(
         except NotSupported as error:
             reason = f"{error.what}: {error.values}" if error.values else error.what
     return Packaged(out, tuple(models), chat, reason)
+
+
+def _check_engine(bundle: Bundle, slots: int) -> None:
+    engines = dict(bundle.manifest.get("engines") or {})
+    if _GRAPH not in engines:
+        raise NotSupported("the bundle has no engine for --executor tensorrt", fix="build one: v4export engine")
+    if slots > (most := engines[_GRAPH].get("max_batch", slots)):
+        raise BadInput(
+            "the engine was built for fewer sequences than there are to be slots",
+            f"{slots} slots, at most {most} sequences",
+            f"give --slots {most} or fewer, or build it with v4export engine --max-batch-size {slots}",
+        )
 
 
 def python_config(name: str, device: str, set_up: Mapping[str, object]) -> str:

@@ -257,6 +257,8 @@ class Scheduler:
     def _gauge(self) -> None:
         self.metrics.set("waiting", len(self._waiting))
         self.metrics.set("running", sum(answer is not None for answer in self._rows))
+        if replays := getattr(self._executor, "replays", None):
+            self.metrics.set("replayed_steps", replays.replayed)
 
     def _end_all(self, error: V4Error) -> None:
         with self._changed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,25 +32,27 @@ class Lint:
             was traced with a single expert, so the count does not depend on the number of experts.
         experts_referenced: expert matrices that enter a MoeExperts node, summed over layers.
         bodies: custom ops, each with a portable body.
-        formats: how many weights have each format, all as the recipe says.
+        formats: how many weights of each kind have each format, all as the recipe says.
         rounded_inputs: products whose inputs are rounded to FP8, a layer's experts counting as one.
     """
 
     nodes_per_layer: dict[str, int]
     experts_referenced: int
     bodies: tuple[str, ...]
-    formats: dict[str, int]
+    formats: dict[str, dict[str, int]]
     rounded_inputs: int = 0
 
     @classmethod
     def of_all(cls, found: Sequence[Lint]) -> Lint:
         """What was proved of several graphs that together are a model: counts are sums, pieces of weights counting."""
-        formats: Counter[str] = sum((Counter(one.formats) for one in found), Counter())
+        formats: dict[str, Counter[str]] = defaultdict(Counter)
+        for kind, counts in ((kind, counts) for one in found for kind, counts in one.formats.items()):
+            formats[kind] += Counter(counts)
         return cls(
             {kind: count for one in found for kind, count in one.nodes_per_layer.items()},
             sum(one.experts_referenced for one in found),
             tuple(dict.fromkeys(body for one in found for body in one.bodies)),
-            dict(formats),
+            {kind: dict(counts) for kind, counts in formats.items()},
             sum(one.rounded_inputs for one in found),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
@@ -18,17 +19,19 @@ from v4export.plugins.block_dequantize.onnx import at_least_two_blocks
 from v4export.plugins.int4_dequantize.onnx import OP_TYPE as INT4_DEQUANTIZE
 from v4export.precision import Format, Precision
 
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
-def check_formats(model: ir.Model, config: ModelConfig, precision: Precision) -> dict[str, int]:
+
+def check_formats(model: ir.Model, config: ModelConfig, precision: Precision) -> dict[str, dict[str, int]]:
     """Prove that every weight is stored, and widened, as its recipe says.
 
     Returns:
-        how many weights have each format.
+        how many weights of each kind (a name without numbers of layers and experts) have each format.
 
     Raises:
         NotSupported: one is not; names it.
     """
-    counts: dict[str, int] = {}
+    counts: dict[str, dict[str, int]] = {}
     for name, role in roles(config).items():
         value = model.graph.initializers.get(name)
         if value is None:
@@ -41,7 +44,8 @@ def check_formats(model: ir.Model, config: ModelConfig, precision: Precision) ->
                 fault,
                 "this is a defect of v4export; please report it",
             )
-        counts[format.name] = counts.get(format.name, 0) + 1
+        of_kind = counts.setdefault(_NUMBER.sub(".*", name), {})
+        of_kind[format.name] = of_kind.get(format.name, 0) + 1
     return counts
 
 

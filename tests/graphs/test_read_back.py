@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import onnx_ir as ir
@@ -20,7 +21,11 @@ RECIPES = [name for name, recipe in PRECISIONS.items() if not recipe.inputs]
 def test_what_was_asked_for(stamped, name):
     config, model, _ = stamped("tiny-v3", name)
     recipe = PRECISIONS[name]
-    counts = check_formats(model, config, recipe)
+    kinds = check_formats(model, config, recipe)
+    assert kinds["model.layers.*.mlp.experts.*.up_proj.weight"] == {
+        recipe.expert.name: config.num_experts * len(config.moe_layers)
+    }
+    counts = sum(map(Counter, kinds.values()), Counter())
     experts = 3 * config.num_experts * len(config.moe_layers)
     assert counts[recipe.expert.name] >= experts and counts[recipe.linear.name] > 0 and counts["fp32"] > 0
     assert sum(counts.values()) == len([n for n in model.graph.initializers if n.endswith(("weight", "bias"))])

@@ -20,11 +20,19 @@ from v4export.verify.report import line, write_report
 from v4export.verify.verification import Verification
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}"
-LINT = SimpleNamespace(nodes_per_layer={"dense": 55, "routed": 61}, bodies=("v4::MoeRoute", HOSTILE))
-GOOD = Boundary("layer 0 dense", True, 1e-3, 4e-4, 1e-2, 0.99998, "attention: 6*sqrt(..)", 0.6, 1.2, carried=1e-3)
-BAD = Boundary(
-    "layer 1 routed", False, math.nan, math.inf, 1e-2, math.nan, "d", math.nan, 1.2, ties=3, notes=(f"took {HOSTILE}",)
+LINT = SimpleNamespace(
+    nodes_per_layer={"dense": 55, "routed": 61},
+    bodies=("v4::MoeRoute", HOSTILE),
+    formats={f"experts.*.{HOSTILE}": {"fp8": 12, "bf16": 1}},
 )
+GOOD = Boundary(
+    "layer 0 dense", True, 1e-3, 4e-4, 1e-2, 0.99998, "attention: 6*sqrt(..)", 0.6, 1.2, carried=1e-3,
+    spread=(0, 0, 3, 9, 20, 4, 0, 0), load=(5, 0, 31, 0),
+)  # fmt: skip
+BAD = Boundary(
+    "layer 1 routed", False, math.nan, math.inf, 1e-2, math.nan, "d", math.nan, 1.2, ties=3, notes=(f"took {HOSTILE}",),
+    spread=(0, 0, 0, 0, 0, 30, 3, 3),
+)  # fmt: skip
 TIED = Boundary(
     "layer 2 csa", True, 1e-3, 4e-4, 1e-2, 0.99998, "d", 0.6, 1.2, ties=2, selective=(7, 9),
     evidence=(f"sequence 0, token 5: selected {HOSTILE}",),
@@ -61,6 +69,7 @@ def facts():
         "checkpoint": {"path": f"/{HOSTILE}", "header_sha256": "0123456789abcdef0123"},
         "audit": {"summary": "201 tensors used", "skipped_tensors": {"a": HOSTILE, "b": "left out layers"}},
         "graphs": SimpleNamespace(nodes=9, cpu_nodes=12, pointed_bytes=1 << 20, written_bytes=0, lint=LINT),
+        "versions": {"torch": "2.13.0", "onnxruntime": HOSTILE},
         "stages": [SimpleNamespace(name="trace", seconds=1.0, peak_mib=10.0)],
     }  # fmt: skip
 
@@ -132,6 +141,8 @@ def test_page_says_everything(tmp_path):
         "FAILED | 2 layers", "layer 0 dense", "layer 1 routed", "attention: 6*sqrt(..)", "took <script>",
         "weights are stored as bf16", "constants in the plan: bf16 12 MiB", "sm89, sm120", "1 warnings",
         "MATRIX_MULTIPLY", "left out layers",
+        "layer 0 dense: 31 tokens at most, 9.0 if all had as many; 2 experts without one", "layer 1 routed: 3 vectors",
+        "12 fp8, 1 bf16", "torch 2.13.0", "v4export bisect OUT",
         "61 in a routed layer", "v4::MoeRoute", "0123456789abcdef", "trace",
     ):  # fmt: skip
         assert wanted in text, wanted
@@ -155,7 +166,10 @@ def test_verdict_colour_and_missing_parts(tmp_path, boundaries, verdict, colour,
 
 
 def test_line():
-    start, end = "[✓] layer 0 dense          max|Δ| 1.0e-03  rel 4.0e-04", "  (limit 1.0e-02, bf16)  carried 1.0e-03"
+    start, end = (
+        "[✓] layer 0 dense          max|Δ| 1.0e-03  rel 4.0e-04",
+        "  (limit 1.0e-02, bf16)  carried 1.0e-03  2/4 experts",
+    )
     assert line(GOOD, "bf16") == f"{start}  cos 0.999980{end}"
     failed = line(BAD, "fp8").splitlines()
     assert failed[0].startswith("[✗] layer 1 routed") and "3 near-ties" in failed[0]

@@ -12,6 +12,8 @@ from v4export.verify import tolerance
 
 #: Evidence of near ties that one boundary lists.
 SHOWN = 20
+#: Parts of a limit between which vectors are counted; what is beyond the last is wrong.
+PARTS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Boundary:
         carried: relative difference to the free-running reference in the checkpoint's own weights.
         weights: relative difference that converting the weights alone causes; None where none loses anything.
         ties: tokens whose experts, or whose selected tokens or entries, differ within a near tie.
-        experts: how many experts took part, and of how many.
+        spread: how many vectors have an error of up to each of ``PARTS`` of their limits, and how many a larger one.
+        load: of every expert, the tokens that chose it.
         selective: tokens that saw more than an indexer may select, and of how many.
         notes: what is wrong, for people.
         evidence: what was chosen differently within a near tie, for people; at most ``SHOWN`` of them.
@@ -50,7 +53,8 @@ class Boundary:
     carried: float | None = None
     weights: float | None = None
     ties: int = 0
-    experts: tuple[int, int] | None = None
+    spread: tuple[int, ...] = ()
+    load: tuple[int, ...] = ()
     selective: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
@@ -60,6 +64,11 @@ class Boundary:
         # A field and not a property, so that the report's JSON has it.
         verdict = "FAIL" if not self.ok else "AMBIGUOUS" if self.ties else "PASS"
         object.__setattr__(self, "verdict", verdict)
+
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """How many experts took part, and of how many."""
+        return (sum(map(bool, self.load)), len(self.load)) if self.load else None
 
     def also(self, wrong: tuple[str, ...] = (), **figures: Any) -> Boundary:
         """The same with more figures; anything in ``wrong`` fails it."""
@@ -123,6 +132,9 @@ def judge(
         derivation,
         mean,
         mean_limit,
+        spread=tuple(
+            torch.bincount(torch.bucketize(excess, torch.tensor(PARTS)).flatten(), minlength=len(PARTS) + 1).tolist()
+        ),
         notes=notes,
     )
 

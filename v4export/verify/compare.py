@@ -162,7 +162,7 @@ class _Comparison:
             weights=max(s.lost for s in seen) if self.converted else None,
             ties=sum(one.ties for _, one in choices),
             evidence=shown([f"sequence {i}, {line}" for i, one in choices for line in one.evidence]),
-            experts=self._experts(layer),
+            load=self._load(layer),
             selective=(selective, sum(len(s.hidden) for s in seen)) if selective else None,
             wrong=shown([f"sequence {i}, {line}" for i, one in choices for line in one.wrong]),
         )
@@ -284,11 +284,11 @@ class _Comparison:
             self._with_input(tolerance.index_weight_path(self.config), limits),
         )
 
-    def _experts(self, layer: int) -> tuple[int, int] | None:
+    def _load(self, layer: int) -> tuple[int, ...]:
         if not self.config.is_moe(layer):
-            return None
-        taken = np.unique(np.concatenate([r.experts[layer].ravel() for r in self.recordings]))
-        return len(taken), self.config.num_experts
+            return ()
+        chosen = np.concatenate([r.experts[layer].ravel() for r in self.recordings])
+        return tuple(np.bincount(chosen, minlength=self.config.num_experts).tolist())
 
     def _head(self) -> Boundary:
         c = self.config

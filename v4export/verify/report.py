@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,9 @@ import jinja2
 
 from v4export.config import ModelConfig
 from v4export.engine.build import EngineReport
+from v4export.package.bundle import versions
 from v4export.plain import to_json
+from v4export.verify import pictures
 from v4export.verify.boundary import Boundary
 from v4export.verify.verification import Verification
 
@@ -45,7 +46,7 @@ def write_report(
     """
     content = {
         "verdict": verification.summary() if verification else "NOT VERIFIED",
-        "facts": facts,
+        "facts": {**facts, "versions": versions()},
         "verification": verification,
         "engines": engines,
         "costs": costs,
@@ -61,7 +62,7 @@ def write_report(
             config=config,
             boundaries=boundaries,
             marks=MARKS,
-            plot=_plot(boundaries),
+            pictures=pictures,
             reasons=Counter(facts["audit"]["skipped_tensors"].values()),
         )
     )
@@ -86,26 +87,3 @@ def line(boundary: Boundary, precision: str) -> str:
     if b.ties:
         parts.append(f"  {b.ties} near-ties")
     return "".join(parts) + "".join(f"\n      {note}" for note in b.notes)
-
-
-_WIDTH, _HEIGHT, _MARGIN = 900, 220, 40
-
-
-def _plot(boundaries: Sequence[Boundary]) -> list[dict[str, Any]]:
-    """Points of the error plot: error and limit of each boundary on a logarithmic axis, in the picture's own units."""
-    shown = [b for b in boundaries if b.limit > 0]
-    if not shown:
-        return []
-    positive = [v for b in shown for v in (b.rel, b.limit) if 0 < v < math.inf]
-    low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
-
-    def y(value: float) -> float:
-        exponent = high if math.isnan(value) else min(max(math.log10(value) if value > 0 else low, low), high)
-        return _HEIGHT - _MARGIN - (exponent - low) / max(high - low, 1) * (_HEIGHT - 2 * _MARGIN)
-
-    step = (_WIDTH - 2 * _MARGIN) / max(len(shown) - 1, 1)
-    points = [
-        {"x": _MARGIN + i * step, "error": y(b.rel), "limit": y(b.limit), "boundary": b} for i, b in enumerate(shown)
-    ]
-    points[0]["ticks"] = [{"y": y(10.0**e), "label": f"1e{e}"} for e in range(low, high + 1)]
-    return points

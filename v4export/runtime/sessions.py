@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ _PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 _NOWHERE = np.zeros(1, np.int64)
 
 
+OnRun = Callable[[str, Mapping[str, np.ndarray]], None]
+
+
 @dataclass(frozen=True)
 class Running:
     """How the graphs of a bundle are run.
@@ -47,6 +50,7 @@ class Running:
         bodies: on a CPU, run the portable graphs' own bodies in place of the fast copies.
         accuracy_level: of products with integer matrices in the fast copies, by onnxruntime's numbers: 0 multiplies
             activations as they are, 4 rounds them to eight bits, which is faster and takes ``prepack``.
+        on_run: told the name of each graph that is about to run, and its inputs by name, which may be overwritten then.
     """
 
     folder: Path
@@ -55,6 +59,7 @@ class Running:
     prepack: bool = True
     bodies: bool = False
     accuracy_level: int = 0
+    on_run: OnRun | None = None
 
 
 class Session:
@@ -72,6 +77,7 @@ class Session:
 
     def __init__(self, how: Running, graph: str | onnx.ModelProto, taps: Sequence[str] = ()) -> None:
         self._folder, self._taps = how.folder, tuple(taps)
+        self._name, self._on_run = graph if isinstance(graph, str) else "", how.on_run
         model = graph_to_run(how, graph) if isinstance(graph, str) else graph
         self.returns = [value.name for value in model.graph.output]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
@@ -88,6 +94,8 @@ class Session:
             outputs: where it is to write, by name.
             fetched: outputs to be returned, besides the taps.
         """
+        if self._on_run:
+            self._on_run(self._name, {name: array for name, array in inputs.items() if name in self.reads})
         binding = self._session.io_binding()
         for name, array in inputs.items():
             if name in self.reads:

@@ -82,6 +82,22 @@ SURFACE = {
     "export": (["model"], EXPORT),
     "engine": (["bundle"], [*ENGINE, "--refit-from", "--json", "--quiet", "-q"]),
     "verify": (["bundle"], ["--checkpoint", "--decode", "--device", "--json", "--quiet", "-q"]),
+    "bisect": (
+        ["subject"],
+        [
+            "--against",
+            "--checkpoint",
+            "--prompt",
+            "--inputs",
+            "--seed",
+            "--out",
+            "-o",
+            "--replay",
+            "--json",
+            "--quiet",
+            "-q",
+        ],
+    ),
     "eval": (
         ["model"],
         [

@@ -8,7 +8,8 @@ import sys
 
 import corruptions_v4
 import pytest
-from corruptions import CASES, Damaged, top_k
+from corruptions import CASES, top_k
+from damaged import Damaged
 from eager import EagerExecutor
 
 from v4export import api

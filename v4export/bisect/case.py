@@ -41,10 +41,15 @@ def write_case(folder: Path, graph: Graph, parting: Parting, portable: bool, fac
     large = model.ByteSize() > _INSIDE
     onnx.save(model, folder / MODEL, save_as_external_data=large, location="weights.bin")
     inputs, expected = (_wide(arrays) for arrays in (parting.given, {n: parting.wanted[n] for n in targets}))
-    np.savez(folder / INPUTS, **inputs)
-    np.savez(folder / EXPECTED, **expected)
+    _save(folder / INPUTS, inputs)
+    _save(folder / EXPECTED, expected)
     _for_polygraphy(folder, inputs, expected)
     (folder / FACTS).write_text(to_json({**facts, "error": parting.error}) + "\n")
+
+
+def _save(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    given: dict[str, Any] = dict(arrays)
+    np.savez(file, **given)
 
 
 def polygraphy_command(folder: Path) -> str | None:
@@ -102,12 +107,16 @@ class Replayed:
     facts: Mapping[str, Any]
     differences: tuple[Difference, ...]
 
+    def text(self) -> str:
+        """For people."""
+        lines = [f"node {self.facts['node']} ({self.facts['op_type']}) of {self.facts['graph']}"]
+        return "\n".join([*lines, *(one.line() for one in self.differences)])
+
     def check(self) -> None:
         """Raise NumbersDiffer where a result is beyond its limit."""
         bad = [one for one in self.differences if not one.ok]
         if bad:
-            said = f"{bad[0].value}: relative difference {bad[0].rel:.2e}, limit {bad[0].limit:.2e}; {bad[0].note}"
-            raise NumbersDiffer(f"the case of node {self.facts['node']} differs from what is expected", said)
+            raise NumbersDiffer(f"node {self.facts['node']} does not make what is expected", bad[0].line())
 
 
 def replay(folder: Path) -> Replayed:

@@ -41,12 +41,11 @@ def counterpart(reference: Graph, node: onnx.NodeProto) -> onnx.NodeProto | None
     return next((reference.nodes[reference.maker[n]] for n in node.output if n in reference.maker), None)
 
 
-def weight_faults(reference: Graph, other: Graph) -> Iterator[tuple[int, str]]:
-    """Nodes of the other graph, in order, that read a weight of other bytes than their counterpart, and which."""
-    for number, node in enumerate(other.nodes):
-        twin = counterpart(reference, node)
-        for line in _operands(reference, other, node, twin) if twin is not None else ():
-            yield number, line
+def node_faults(reference: Graph, other: Graph) -> Iterator[tuple[int, list[str]]]:
+    """Nodes of the other graph, in order, that are not as their counterpart, and in what."""
+    for number in range(len(other.nodes)):
+        if found := causes(reference, other, number):
+            yield number, found
 
 
 def _operands(reference: Graph, other: Graph, node: onnx.NodeProto, twin: onnx.NodeProto) -> list[str]:

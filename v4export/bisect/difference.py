@@ -14,7 +14,7 @@ from v4export.verify.boundary import judge
 from v4export.verify.tolerance import ACCUMULATE, CONFIDENCE
 
 #: Unit round-off of what a graph may hold. Of integers that stand for a matrix's numbers it is that of their block.
-ROUNDOFF = {
+ROUNDOFF: dict[int, float] = {
     onnx.TensorProto.FLOAT: 2.0**-24,
     onnx.TensorProto.FLOAT16: 2.0**-11,
     onnx.TensorProto.BFLOAT16: 2.0**-8,
@@ -53,6 +53,13 @@ class Difference:
         if self.equal:
             return 0.0
         return self.rel / self.limit if self.limit else math.inf
+
+    def line(self) -> str:
+        """For people."""
+        if self.equal:
+            return f"{self.value}: no bit differs"
+        figures = f"max|Δ| {self.max_abs:.1e}  rel {self.rel:.1e}  (limit {self.limit:.1e})"
+        return f"{self.value}: {figures}" + f"\n    {self.note}" * bool(self.note)
 
 
 def expected_error(types: Iterable[int], stored: int, terms: int) -> float:

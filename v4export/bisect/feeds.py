@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from v4export.bisect.graph import Arrays
 from v4export.errors import BadInput, NotSupported
 from v4export.package.bundle import Bundle
 from v4export.runtime.onnx import OnnxExecutor
+from v4export.runtime.state import State
 from v4export.verify.verification import BODIES_CHUNK, CHUNK
 
 #: Axes of a decoder's inputs that no number is written for.
@@ -34,7 +36,7 @@ def steps_of(bundle: Bundle, prompts: Sequence[Sequence[int]]) -> dict[str, list
     def seen(graph: str, inputs: Arrays) -> None:
         taken[graph].append({name: array.copy() for name, array in inputs.items()})
 
-    how = {"max_seq_len": bundle.max_seq_len, "prepack": False, "thought_taps": True, "on_run": seen}
+    how: dict[str, Any] = {"max_seq_len": bundle.max_seq_len, "prepack": False, "thought_taps": True, "on_run": seen}
     executor = OnnxExecutor(bundle.folder, bundle.config, bundle.precision, **how)
     by_length = sorted(prompts, key=len)
     for batch in ([by_length[-1]], by_length[-3:-1]):
@@ -60,18 +62,18 @@ def _run(executor: OnnxExecutor, batch: Sequence[Sequence[int]], remembered: int
             start = end
 
 
-def _step(executor: OnnxExecutor, pieces: Sequence[Sequence[int]], state: object) -> None:
+def _step(executor: OnnxExecutor, pieces: Sequence[Sequence[int]], state: State) -> None:
     """One step, and a thought about its tokens if they are few."""
     lengths, S = np.array([len(piece) for piece in pieces]), max(map(len, pieces))
     ids = np.zeros((len(pieces), S), np.int64)
     for row, piece in zip(ids, pieces, strict=True):
         row[: len(piece)] = piece
     every = np.broadcast_to(np.arange(S), ids.shape)
-    before = state.lengths_B.copy()  # type: ignore[attr-defined]
-    executor.step(ids, state, logits_at_BQ=every, lengths_B=lengths)  # type: ignore[arg-type]
+    before = state.lengths_B.copy()
+    executor.step(ids, state, logits_at_BQ=every, lengths_B=lengths)
     if executor.trunk is not None and S <= BODIES_CHUNK and lengths.min() == S:
         for looped in (False, True):
-            executor.think(executor.trunk, state, at_BQ=before[:, None] + every, looped=looped)  # type: ignore[arg-type]
+            executor.think(executor.trunk, state, at_BQ=before[:, None] + every, looped=looped)
 
 
 def is_small(inputs: Arrays) -> bool:

@@ -1,4 +1,4 @@
-"""A graph of which pieces are run by themselves: what is between some values and others. Weights stay where they are."""
+"""A graph of which pieces are run: what is between some values and others. Weights stay where they are."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Graph:
         self._ready: dict[tuple[object, ...], Run] = {}
 
     def needed(self, targets: Iterable[str], known: Callable[[str], bool]) -> tuple[list[int], list[str]]:
-        """Numbers of the nodes that compute ``targets``, and the names of what they read that is ``known`` or an input."""
+        """Numbers of the nodes that compute ``targets``, and names of what they read that is ``known`` or an input."""
         nodes: set[int] = set()
         given: dict[str, None] = {}
         ahead, seen = list(targets), set()

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 import onnx
 
-from v4export.bisect.cause import causes
+from v4export.bisect.cause import causes, counterpart
 from v4export.bisect.graph import Arrays, Graph
 from v4export.bisect.match import match, renamed
 from v4export.bisect.result import Node
 from v4export.bisect.search import Pair, Parting
+from v4export.graphs.trace import ROWS, THINK, THINK_MIX, THINK_STEP
+
+#: Parts of graphs besides layers, as names of nodes begin.
+PARTS = ("embed", "head", ROWS, THINK, THINK_STEP, THINK_MIX)
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,10 @@ class Bisected:
         return Sought(None, passed)
 
     def blamed(self, parting: Parting) -> int:
-        """Of the nodes between two cuts the first that is different by itself, else the last."""
-        return next((i for i in parting.nodes if causes(self.reference, self.other, i)), parting.nodes[-1])
+        """Of the nodes between two cuts the first unlike its counterpart, else one that has none, else the last."""
+        different = [i for i in parting.nodes if causes(self.reference, self.other, i)]
+        known = [i for i in different if counterpart(self.reference, self.other.nodes[i])]
+        return (known or different or parting.nodes[-1:])[0]
 
     def part(self, name: str) -> str:
         """The layer or other part of a node, by its name."""
@@ -82,14 +88,14 @@ class Bisected:
 
 
 def parts_of(nodes: Sequence[onnx.NodeProto]) -> list[str]:
-    """The layer or other part that each node belongs to, by the beginning of its name; what has none, to the one before."""
+    """The layer or other part of each node, by the beginning of its name; where that says nothing, the one before."""
     found: list[str] = []
     for node in nodes:
-        words = node.name.split(".")
-        if words[0] == "layers" and len(words) > 2:
-            found.append(f"layer {words[1]}")
-        elif len(words) > 1 and words[0].isidentifier():
-            found.append(words[0])
+        first, _, rest = node.name.partition(".")
+        if first == "layers":
+            found.append(f"layer {rest.split('.')[0]}")
+        elif first in PARTS:
+            found.append(first)
         else:
             found.append(found[-1] if found else "graph")
     return found

@@ -67,9 +67,9 @@ def _inputs(reference: Graph, other: Graph) -> dict[str, str]:
 
 
 def _aligned(reference: Graph, other: Graph) -> Iterator[tuple[int, int]]:
-    """Numbers of the other's and the reference's nodes; as many of other kinds between two runs stand for each other."""
-    kinds = [[_kind(node) for node in graph.nodes] for graph in (other, reference)]
-    for tag, a, a_end, b, b_end in SequenceMatcher(None, *kinds, autojunk=False).get_opcodes():
+    """Numbers of the other's and the reference's nodes; as many of other kinds between two runs are matched, too."""
+    ours, its = ([_kind(node) for node in graph.nodes] for graph in (other, reference))
+    for tag, a, a_end, b, b_end in SequenceMatcher(None, ours, its, autojunk=False).get_opcodes():
         if tag == "equal" or (tag == "replace" and a_end - a == b_end - b):
             yield from zip(range(a, a_end), range(b, b_end), strict=True)
 
@@ -79,7 +79,7 @@ def _kind(node: onnx.NodeProto) -> tuple[object, ...]:
 
 
 def _agree(node: onnx.NodeProto, twin: onnx.NodeProto, names: Mapping[str, str], reference: Graph) -> bool:
-    """Whether something that a node reads is what its twin reads: a wrong operand is what is looked for, so not all need be."""
+    """Whether a node reads something that its twin reads; not all need be so, as a wrong operand is looked for."""
     if len(node.output) != len(twin.output):
         return False
     computed = [name for name in twin.input if name in reference.maker or name in reference.inputs]

@@ -79,9 +79,7 @@ class Bisection:
             lines += [f"  among {', '.join(self.node.between)}"] if self.node.between else []
             lines += [f"  within its body: {self.node.inside}"] if self.node.inside else []
             lines += [f"  {line}" for line in self.node.causes]
-            for one in self.node.differences[:4]:
-                lines.append(f"  {one.value}: max|Δ| {one.max_abs:.1e}  rel {one.rel:.1e}  (limit {one.limit:.1e})")
-                lines += [f"    {one.note}"] if one.note else []
+            lines += [f"  {one.line()}" for one in self.node.differences[:4]]
         return "\n".join([*lines, *self._rest()])
 
     def _rest(self) -> list[str]:

@@ -37,7 +37,7 @@ def of_bundle(folder: Path, name: str, portable: bool) -> Graph:
 
 
 def _session(folder: Path, model: onnx.ModelProto) -> Run:
-    session = Session(Running(folder, threads=1, prepack=False), model)
+    session = Session(Running(folder, threads=1, prepack=False, log=4), model)
     names = [value.name for value in model.graph.output]
     return lambda given: session.run(given, {}, names)
 

@@ -126,15 +126,15 @@ class Pair:
             found, failed = self.other.values(names, given), ""
         except V4Error as error:
             found, failed = {}, error.values or error.what
-        error = self._expected(first, end, nodes, given)
-        compared = [difference(name, found.get(name), wanted[name], error) for name in names]
+        expected = self._expected(first, end, nodes, given)
+        compared = [difference(name, found.get(name), wanted[name], expected) for name in names]
         bad = [one for one in compared if not (one.equal if self.exact else one.ok)]
         if not bad:
             return None
         if failed:
             bad = [Difference(one.value, False, False, note=failed) for one in bad[:1]]
         bad.sort(key=lambda one: -one.excess)
-        return Parting(first, end, tuple(nodes), tuple(bad), error, given, wanted)
+        return Parting(first, end, tuple(nodes), tuple(bad), expected, given, wanted)
 
     def _values(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """The reference's own values."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from v4export.bisect.case import polygraphy_command, write_case
-from v4export.bisect.cause import weight_faults
+from v4export.bisect.cause import node_faults
 from v4export.bisect.feeds import decoder_inputs, is_decoder, is_small, steps_of
 from v4export.bisect.graph import Arrays, Graph
 from v4export.bisect.graphs import Bisected
@@ -30,7 +31,9 @@ from v4export.progress import Stages
 from v4export.runtime.tokenizer import load_tokenizer
 from v4export.verify.boundary import Boundary
 from v4export.verify.prompts import default_prompts
-from v4export.verify.verification import verify_bundle
+from v4export.verify.verification import Verification, verify_bundle
+
+_NO_NODE = "no node differs from a fresh export: it is the exporter that is wrong, or what is looked up for the graph"
 
 #: Random inputs that foreign graphs are fed.
 _FEEDS = 3
@@ -67,7 +70,7 @@ def bisect(subject: Path, asked: Asked, stages: Stages) -> Bisection:
     if asked.out is not None and asked.out.exists():
         raise BadInput(f"{asked.out} exists", fix="choose another -o")
     if not (subject / MANIFEST).is_file() and subject.suffix != ".onnx":
-        raise BadInput(f"{subject} is neither a bundle nor an ONNX file", fix="give a folder of v4export build, or X.onnx")
+        raise BadInput(f"{subject} is neither a bundle nor an ONNX file", fix="make a bundle with v4export build")
     if subject.is_dir():
         bundle = Bundle.open(subject)
         bundle.check_files()
@@ -81,8 +84,8 @@ def with_checkpoint(
     bundle: Bundle,
     asked: Asked,
     stages: Stages,
-    fresh: Bundle | None = None,
-    feeds: dict[str, list[Arrays]] | None = None,
+    sound: tuple[Bundle, dict[str, list[Arrays]]] | None = None,
+    found: Verification | None = None,
 ) -> Bisection:
     """A bundle and the PyTorch definition of its checkpoint: the boundary by ``verify``, the node by a fresh export.
 
@@ -90,34 +93,34 @@ def with_checkpoint(
         bundle: the bundle.
         asked: the rest.
         stages: shows progress.
-        fresh: an export of the same checkpoint that is there already.
-        feeds: of its graphs, that are known already.
+        sound: an export of the same checkpoint, and what its graphs are fed, where they are there already.
+        found: the bundle's verification, where it is there already.
     """
     opened_checkpoint, account = checkpoint_of(bundle, asked.checkpoint, stages)
     compared = f"{bundle.folder} with {opened_checkpoint.directory}"
     words, prompts = token_map_of(bundle.config, opened_checkpoint.directory), _prompts(bundle, asked)
+    summary = ""
     try:
         with stages.stage("verify"):
-            found = verify_bundle(bundle, account.weights, token_map=words, prompts=prompts)
-        bad = [boundary for boundary in found.boundaries if not boundary.ok]
+            found = found or verify_bundle(bundle, account.weights, token_map=words, prompts=prompts)
+        bad, summary = [boundary for boundary in found.boundaries if not boundary.ok], found.summary()
     except NotSupported as error:
         bad = [_not_run(error)]
     if not bad:
-        return Bisection(compared, notes=(found.summary(),))
+        return Bisection(compared, notes=(summary,))
     # Weights come first in the report, but say nothing of where numbers part.
     first = next((boundary for boundary in bad if boundary.name != "weights"), bad[0])
     said = tuple(f"{b.name}: {note}" for b in dict.fromkeys((bad[0], first)) for note in b.notes[:3])
     with contextlib.ExitStack() as stack:
-        if fresh is None:
+        if sound is None:
             folder = stack.enter_context(_scratch(bundle.folder))
             fresh = _fresh(bundle, opened_checkpoint.directory, folder / "fresh", stages)
-        feeds = feeds or _steps(fresh, prompts, stages)
+            sound = fresh, _steps(fresh, prompts, stages)
         with stages.stage("bisect"):
-            result = _in_graphs(fresh, bundle, feeds, compared, asked, first.name, exact=True)
+            result = _in_graphs(*sound, bundle, compared, asked, first.name, exact=True)
     result = replace(result, boundary=first.name, notes=(*said, *result.notes))
     if result.node is None:
-        own = "no node differs from a fresh export: the exporter makes this graph, or what feeds it is at fault"
-        result = replace(result, notes=(*result.notes, own))
+        result = replace(result, notes=(*result.notes, _NO_NODE))
     return result
 
 
@@ -131,18 +134,18 @@ def _with_bundle(bundle: Bundle, asked: Asked, stages: Stages) -> Bisection:
     reference = Bundle.open(asked.against)
     reference.check_files()
     if reference.config != bundle.config:
-        raise BadInput(f"{bundle.folder} and {reference.folder} are different models", fix="bisect bundles of one model")
+        raise BadInput(f"{bundle.folder} and {reference.folder} are different models", fix="give two of one model")
     exact = reference.precision == bundle.precision
     feeds = _steps(reference, _prompts(reference, asked), stages)
     with stages.stage("bisect"):
         compared = f"{bundle.folder} with {reference.folder}"
-        return _in_graphs(reference, bundle, feeds, compared, asked, "", exact)
+        return _in_graphs(reference, feeds, bundle, compared, asked, "", exact)
 
 
 def _in_graphs(
     reference: Bundle,
-    bundle: Bundle,
     feeds: dict[str, list[Arrays]],
+    bundle: Bundle,
     compared: str,
     asked: Asked,
     boundary: str,
@@ -166,8 +169,8 @@ def _in_graphs(
         if nearest:
             return _found(compared, *nearest, asked, tuple(passed), tuple(unmatched))
         for pair, _, _ in pairs:
-            for number, line in weight_faults(pair.reference, pair.other):
-                return _weight(compared, pair, number, line)
+            for number, lines in node_faults(pair.reference, pair.other):
+                return _silent(compared, pair, number, lines)
     return Bisection(compared, passed=tuple(passed), unmatched=tuple(unmatched))
 
 
@@ -183,8 +186,8 @@ def _pairs(
         for name in names:
             fed = [one for one in feeds.get(name, []) if not portable or is_small(one)]
             file = name if portable else for_cpu(name)
-            graphs = [of_bundle(one.folder, file, portable) for one in (reference, bundle)]
-            yield Bisected(file, *graphs, exact=copies), portable, fed
+            sound, other = (of_bundle(one.folder, file, portable) for one in (reference, bundle))
+            yield Bisected(file, sound, other, exact=copies), portable, fed
 
 
 def _part(boundary: str) -> str | None:
@@ -223,11 +226,11 @@ def _with_case(result: Bisection, graph: Graph, parting: Parting, portable: bool
     return replace(result, case=str(out), commands=tuple(commands))
 
 
-def _weight(compared: str, pair: Bisected, number: int, line: str) -> Bisection:
-    """A weight is wrong that no prompt reaches, so there are no numbers of it."""
+def _silent(compared: str, pair: Bisected, number: int, lines: Sequence[str]) -> Bisection:
+    """A node is wrong and no number shows it: a weight no prompt reaches, or an attribute that only engines read."""
     node = pair.other.nodes[number]
-    told = Node(pair.name, node.name, node.op_type, pair.part(node.name), (line,))
-    return Bisection(compared, told.boundary, told, notes=("no prompt reaches it: it was found by its bytes",))
+    told = Node(pair.name, node.name, node.op_type, pair.part(node.name), tuple(lines))
+    return Bisection(compared, told.boundary, told, notes=("no number shows it: it was found by comparing nodes",))
 
 
 def _prompts(bundle: Bundle, asked: Asked) -> list[list[int]]:
@@ -256,7 +259,7 @@ def _scratch(beside: Path) -> Iterator[Path]:
 def _fresh(bundle: Bundle, checkpoint: Path, out: Path, stages: Stages) -> Bundle:
     """What the exporter makes of a bundle's checkpoint now, by the same choices."""
     chosen, scales = bundle.chosen, bundle.folder / SCALES
-    how = {
+    how: dict[str, Any] = {
         "precision": bundle.precision.name,
         "keep": bundle.manifest.get("keep", ()),
         "max_seq_len": bundle.max_seq_len,
@@ -272,8 +275,8 @@ def _fresh(bundle: Bundle, checkpoint: Path, out: Path, stages: Stages) -> Bundl
 def _foreign(subject: Path, asked: Asked, stages: Stages) -> Bisection:
     """Two ONNX files by polygraphy's runner, over the same inputs."""
     assert asked.against is not None
-    graphs = [Graph(opened(file), by_polygraphy(file.parent), file.parent) for file in (asked.against, subject)]
-    pair = Bisected(subject.name, *graphs, exact=False)
+    sound, other = (Graph(opened(f), by_polygraphy(f.parent), f.parent) for f in (asked.against, subject))
+    pair = Bisected(subject.name, sound, other, exact=False)
     with stages.stage("bisect"):
         sought = pair.search(_inputs(pair.reference, asked.against, asked))
     compared = f"{subject} with {asked.against}"

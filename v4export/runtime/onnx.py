@@ -69,7 +69,7 @@ class OnnxExecutor:
     ) -> None:
         self.config, self.max_seq_len = config, max_seq_len
         self._state_dtype = numpy_dtype(precision.activations)
-        how = Running(folder, device, threads, prepack, bodies, accuracy_level, on_run)
+        how = Running(folder, device, threads, prepack, bodies, accuracy_level, on_run=on_run)
         layers = range(config.state_layers)
         rows = {new_state_name(layer, t.name) for layer in layers for t in state_tensors(config, layer)}
         self._row_taps = [name for name in taps if name in rows]

@@ -50,6 +50,7 @@ class Running:
         bodies: on a CPU, run the portable graphs' own bodies in place of the fast copies.
         accuracy_level: of products with integer matrices in the fast copies, by onnxruntime's numbers: 0 multiplies
             activations as they are, 4 rounds them to eight bits, which is faster and takes ``prepack``.
+        log: least severity that onnxruntime's own log tells; 4 keeps even why a graph cannot run to the error raised.
         on_run: told the name of each graph that is about to run, and its inputs by name, which may be overwritten then.
     """
 
@@ -59,6 +60,7 @@ class Running:
     prepack: bool = True
     bodies: bool = False
     accuracy_level: int = 0
+    log: int = 3
     on_run: OnRun | None = None
 
 
@@ -159,7 +161,7 @@ def _session(how: Running, model: onnx.ModelProto) -> Any:
             "pip install 'v4export[gpu]' in place of v4export[cpu], on a machine with a GPU",
         )
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = how.log
     options.intra_op_num_threads = how.threads
     # The taps must reach the weights beside the file, so the folder is named and the graph given as bytes.
     settings = {**_EXACT, "session.model_external_initializers_file_folder_path": str(how.folder.resolve())}

@@ -17,8 +17,9 @@ from v4export.errors import NumbersDiffer
 from v4export.graphs.export import for_cpu, graphs_in
 from v4export.graphs.ranks import Plan, pieces
 from v4export.graphs.roundings import rounding_faults
-from v4export.package.bundle import Bundle
+from v4export.package.bundle import Bundle, versions
 from v4export.runtime.onnx import OnnxExecutor
+from v4export.verify.bodies import body_faults
 from v4export.verify.boundary import Boundary
 from v4export.verify.compare import compare
 from v4export.verify.looked_up import engram_faults
@@ -198,8 +199,16 @@ def _references(
     for name in graphs_in(bundle.folder) if bundle.precision.inputs else ():
         both = (ir.load(bundle.folder / file) for file in (name, for_cpu(name)))
         wrong += tuple(f"{name}: {fault}" for fault in rounding_faults(*both, bundle.config, bundle.precision))
+    if _same_writer(bundle):
+        wrong += tuple(f"{name}: {fault}" for name in names for fault in body_faults(ir.load(bundle.folder / name)))
     if engram and token_map is not None:
         wrong += engram_faults(bundle.folder, engram, weights, token_map)
     derivation = f"exact: {found.count} references to weights compared with the checkpoint, "
     derivation += f"{found.converted} converted again"
     return Boundary("weights", not wrong, 0.0, 0.0, 0.0, 1.0, derivation, notes=wrong[:5])
+
+
+def _same_writer(bundle: Bundle) -> bool:
+    """Whether the bundle's bodies were written by what is installed; another version may word the same otherwise."""
+    then, now = bundle.manifest.get("versions"), versions()
+    return then is None or all(then.get(name) == now.get(name) for name in ("v4export", "onnx-ir"))

@@ -431,11 +431,9 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def faults(site: Site, each: int, seed: int) -> list[Fault]:
-    """Of every kind ``each`` places, by a seed."""
+def faults(site: Site, most: int, seed: int) -> list[Fault]:
+    """Of every kind one place, or of ``most`` kinds, by a seed."""
     rng = np.random.default_rng(seed)
-    found: list[Fault] = []
-    for kind in KINDS:
-        places = list(kind(site))
-        found += [places[i] for i in sorted(rng.choice(len(places), min(each, len(places)), replace=False))]
-    return found
+    found = [places[rng.integers(len(places))] for places in (list(kind(site)) for kind in KINDS) if places]
+    chosen = rng.permutation(len(found))[:most]
+    return [found[i] for i in sorted(chosen)]

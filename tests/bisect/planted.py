@@ -27,7 +27,7 @@ class Outcome:
     """Of one fault.
 
     Attributes:
-        fault: its kind and place.
+        kind, place: of the fault.
         planted: a copy of the bundle could be written with it.
         changes: some result of some graph differs in a bit; known only where ``verify`` passes.
         caught: by ``verify``; how, in a few words.
@@ -44,6 +44,15 @@ class Outcome:
     named: str = ""
     right: bool = False
     text: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """In a word."""
+        if not self.planted:
+            return "not planted"
+        if not self.changes:
+            return "unchanged"
+        return "missed" if not self.caught else "named" if self.right else "not named"
 
 
 class Sound:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from onnx import helper
 
 from v4export.bisect.difference import Difference, difference
 from v4export.bisect.graph import Graph
-from v4export.bisect.runners import embedded, opened
+from v4export.bisect.runners import opened
 from v4export.bisect.search import Parting
+from v4export.bisect.weights import embedded
 from v4export.errors import BadInput, NumbersDiffer, missing_package
 from v4export.graphs.lower import bodies_for_cpu
 from v4export.plain import to_json
@@ -56,20 +58,23 @@ def polygraphy_command(folder: Path) -> str | None:
     """What shows a case with polygraphy, where its inputs were written for that."""
     if not (folder / "inputs.json").exists():
         return None
-    files = f"--load-inputs {folder / 'inputs.json'} --load-outputs {folder / 'expected.json'}"
-    return f"polygraphy run {folder / MODEL} --onnxrt {files} --check-error-stat mean"
+    model, inputs, expected = (folder / name for name in (MODEL, "inputs.json", "expected.json"))
+    words = ["polygraphy", "run", model, "--onnxrt", "--load-inputs", inputs, "--load-outputs", expected]
+    return shlex.join(map(str, [*words, "--check-error-stat", "mean"]))
 
 
 def _for_polygraphy(folder: Path, inputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
     try:
         from polygraphy.comparator import IterationResult, RunResults
         from polygraphy.json import save_json
+        from polygraphy.logger import G_LOGGER
     except ImportError:
         return
-    save_json([dict(inputs)], str(folder / "inputs.json"))
-    results = RunResults()
-    results.append(("expected", [IterationResult(dict(expected), runner_name="expected")]))
-    results.save(str(folder / "expected.json"))
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        save_json([dict(inputs)], str(folder / "inputs.json"))
+        results = RunResults()
+        results.append(("expected", [IterationResult(dict(expected), runner_name="expected")]))
+        results.save(str(folder / "expected.json"))
 
 
 def _wide(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from v4export.bisect.graph import Graph
-from v4export.errors import BadInput
-
-#: Numbers of a weight that are compared at a time.
-_WINDOW = 1 << 24
+from v4export.bisect.weights import same_bytes
 
 
 def causes(reference: Graph, other: Graph, number: int) -> list[str]:
@@ -56,50 +52,11 @@ def _operands(reference: Graph, other: Graph, node: onnx.NodeProto, twin: onnx.N
         if own in other.kept and its in reference.kept:
             if own != its and own.split(".")[0] != "const":
                 found.append(f"input {i} is {own}, the reference has {its}")
-            elif not same_bytes(other, own, reference, its):
+            elif not same_bytes(other.kept[own], other.folder, reference.kept[its], reference.folder):
                 found.append(f"weight {own} has other bytes")
         elif own != its:
             found.append(f"input {i} is {own or 'absent'}, the reference has {its or 'none'}")
     return found
-
-
-def same_bytes(one: Graph, name: str, another: Graph, its_name: str) -> bool:
-    """Whether two initialisers hold the same; those of the same place in the same file are not read."""
-    a, b = one.kept[name], another.kept[its_name]
-    if (a.data_type, list(a.dims)) != (b.data_type, list(b.dims)):
-        return False
-    places = [_place(tensor, graph.folder) for tensor, graph in ((a, one), (b, another))]
-    if None not in places and places[0] == places[1]:
-        return True
-    ours, theirs = _bytes(a, one.folder), _bytes(b, another.folder)
-    return ours.size == theirs.size and all(
-        np.array_equal(ours[i : i + _WINDOW], theirs[i : i + _WINDOW]) for i in range(0, ours.size, _WINDOW)
-    )
-
-
-def _external(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int, int]:
-    where = {entry.key: entry.value for entry in tensor.external_data}
-    file = (folder / where["location"]).resolve()
-    if not file.is_relative_to(folder.resolve()) or not file.is_file():
-        raise BadInput(f"weight {tensor.name} is not in {folder}", where["location"], "make the folder whole")
-    offset = int(where.get("offset", 0))
-    return file, offset, int(where.get("length", file.stat().st_size - offset))
-
-
-def _place(tensor: onnx.TensorProto, folder: Path) -> tuple[int, ...] | None:
-    """Where its bytes lie; the same for links to the same file."""
-    if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return None
-    file, offset, length = _external(tensor, folder)
-    facts = file.stat()
-    return facts.st_dev, facts.st_ino, offset, length
-
-
-def _bytes(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
-    if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(-1).view(np.uint8)
-    file, offset, length = _external(tensor, folder)
-    return np.memmap(file, np.uint8, "r", offset, (length,)) if length else np.empty(0, np.uint8)
 
 
 def _shown(attribute: onnx.AttributeProto | None) -> str:

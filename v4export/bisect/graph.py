@@ -72,7 +72,9 @@ class Graph:
         graph.input.extend(
             helper.make_tensor_value_info(n, int(self.dtype(n, given[n].dtype)), [None] * given[n].ndim) for n in names
         )
-        graph.output.extend(onnx.ValueInfoProto(name=name) for name in targets)
+        graph.output.extend(self._typed(name) for name in targets)
+        inside = {name for i in numbers for name in self.nodes[i].output if name} - set(targets)
+        graph.value_info.extend(self._typed(name) for name in sorted(inside & self._types.keys()))
         graph.initializer.extend(self.kept[name] for name in sorted(read & self.kept.keys()))
         model = onnx.ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import, graph=graph)
         # Which functions are called is found among all of them.
@@ -82,10 +84,17 @@ class Graph:
         model.functions.extend(f for f in self.model.functions if (f.domain, f.name, f.overload) in used)
         return model
 
+    def _typed(self, name: str) -> onnx.ValueInfoProto:
+        """A value with its type, where that is known; shapes are the piece's own."""
+        value = onnx.ValueInfoProto(name=name)
+        declared = self._types[name].type.tensor_type.elem_type if name in self._types else 0
+        if declared:
+            value.type.tensor_type.elem_type = declared
+        return value
+
     def dtype(self, name: str, otherwise: np.dtype) -> ir.DataType:
         """The type that a value has here, as far as the graph says so."""
-        value = self._types.get(name)
-        declared = value.type.tensor_type.elem_type if value is not None else 0
+        declared = self._typed(name).type.tensor_type.elem_type
         return ir.DataType(declared) if declared else ir.DataType.from_numpy(otherwise)
 
     def values(self, targets: Sequence[str], given: Arrays) -> dict[str, np.ndarray]:

@@ -9,13 +9,9 @@ import onnx
 
 from v4export.bisect.cause import causes, counterpart
 from v4export.bisect.graph import Arrays, Graph
-from v4export.bisect.match import match, renamed
+from v4export.bisect.match import match, parts_of, renamed
 from v4export.bisect.result import Node
 from v4export.bisect.search import Pair, Parting
-from v4export.graphs.trace import ROWS, THINK, THINK_MIX, THINK_STEP
-
-#: Parts of graphs besides layers, as names of nodes begin.
-PARTS = ("embed", "head", ROWS, THINK, THINK_STEP, THINK_MIX)
 
 
 @dataclass(frozen=True)
@@ -85,17 +81,3 @@ class Bisected:
             parting.differences,
             tuple(self.other.nodes[i].name for i in parting.nodes) if len(parting.nodes) > 1 else (),
         )
-
-
-def parts_of(nodes: Sequence[onnx.NodeProto]) -> list[str]:
-    """The layer or other part of each node, by the beginning of its name; where that says nothing, the one before."""
-    found: list[str] = []
-    for node in nodes:
-        first, _, rest = node.name.partition(".")
-        if first == "layers":
-            found.append(f"layer {rest.split('.')[0]}")
-        elif first in PARTS:
-            found.append(first)
-        else:
-            found.append(found[-1] if found else "graph")
-    return found

@@ -1,12 +1,13 @@
 """Which value of one graph is which of another: by name, or by place in the order of the nodes.
 
-Names are kept where most of what the graphs compute is called alike. Otherwise nodes are matched by the longest common
-run of kinds (type, attributes' names, inputs, outputs), and a match is kept only where its inputs match, too.
+Names are kept where nearly all that the graphs compute is called alike. Otherwise nodes of the same part, a layer or
+the whole, are matched by the longest common runs of kinds (type, attributes' names, numbers of inputs and outputs), and
+a match is kept only where something that is read is matched, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -14,9 +15,13 @@ import onnx
 
 from v4export.bisect.graph import Graph
 from v4export.errors import BadInput
+from v4export.graphs.trace import ROWS, THINK, THINK_MIX, THINK_STEP
 
 #: Share of the reference's values that has to be in the other graph by name, for names to be what matches.
-ALIKE = 0.5
+ALIKE = 0.9
+
+#: Parts of graphs besides layers, as names of nodes begin.
+PARTS = ("embed", "head", ROWS, THINK, THINK_STEP, THINK_MIX)
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,38 @@ def _inputs(reference: Graph, other: Graph) -> dict[str, str]:
 
 
 def _aligned(reference: Graph, other: Graph) -> Iterator[tuple[int, int]]:
-    """Numbers of the other's and the reference's nodes; as many of other kinds between two runs are matched, too."""
-    ours, its = ([_kind(node) for node in graph.nodes] for graph in (other, reference))
-    for tag, a, a_end, b, b_end in SequenceMatcher(None, ours, its, autojunk=False).get_opcodes():
-        if tag == "equal" or (tag == "replace" and a_end - a == b_end - b):
-            yield from zip(range(a, a_end), range(b, b_end), strict=True)
+    """Numbers of the other's and the reference's nodes, part by part where both have the same parts."""
+    ours, its = (_by_part(graph) for graph in (other, reference))
+    if ours.keys() != its.keys():
+        ours, its = ({"": list(range(len(graph.nodes)))} for graph in (other, reference))
+    for part, own in ours.items():
+        twins = its[part]
+        kinds = [_kind(other.nodes[i]) for i in own], [_kind(reference.nodes[i]) for i in twins]
+        for tag, a, a_end, b, b_end in SequenceMatcher(None, kinds[0], kinds[1], autojunk=False).get_opcodes():
+            # As many of other kinds between two runs are matched, too: one of them may be what is wrong.
+            if tag == "equal" or (tag == "replace" and a_end - a == b_end - b):
+                yield from zip(own[a:a_end], twins[b:b_end], strict=True)
+
+
+def _by_part(graph: Graph) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for i, part in enumerate(parts_of(graph.nodes)):
+        found.setdefault(part, []).append(i)
+    return found
+
+
+def parts_of(nodes: Sequence[onnx.NodeProto]) -> list[str]:
+    """The layer or other part of each node, by the beginning of its name; where that says nothing, the one before."""
+    found: list[str] = []
+    for node in nodes:
+        first, _, rest = node.name.partition(".")
+        if first == "layers":
+            found.append(f"layer {rest.split('.')[0]}")
+        elif first in PARTS:
+            found.append(first)
+        else:
+            found.append(found[-1] if found else "graph")
+    return found
 
 
 def _kind(node: onnx.NodeProto) -> tuple[object, ...]:

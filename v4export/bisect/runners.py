@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.external_data_helper import load_external_data_for_model
 
 from v4export.bisect.graph import Arrays, Execute, Graph, Run
+from v4export.bisect.weights import embedded
 from v4export.errors import BadInput, NotSupported, missing_package
 from v4export.graphs.lower import bodies_for_cpu
 from v4export.runtime.sessions import Running, Session
@@ -42,31 +43,38 @@ def _session(folder: Path, model: onnx.ModelProto) -> Run:
     return lambda given: session.run(given, {}, names)
 
 
-def embedded(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    """A copy with its weights inside."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+def polygraphy() -> Any:
+    """Its module of onnxruntime, which from here on tells errors only."""
     try:
-        load_external_data_for_model(copy, str(folder))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise BadInput(f"the weights of a graph in {folder} cannot be read", str(error), "make it whole") from error
-    return copy
+        from polygraphy.backend import onnxrt
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise missing_package("polygraphy", "rtx", "bisecting foreign graphs") from error
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    return onnxrt
+
+
+def random_inputs(file: Path, seed: int, count: int) -> list[Arrays]:
+    """What polygraphy makes up for a graph, so many times; axes that vary are 1."""
+    from polygraphy.comparator import DataLoader
+
+    backend = polygraphy()
+    with backend.OnnxrtRunner(backend.SessionFromOnnx(str(file), providers=["cpu"])) as runner:
+        loader = DataLoader(seed=seed, iterations=count, input_metadata=runner.get_input_metadata())
+        return [dict(one) for one in loader]
 
 
 def by_polygraphy(folder: Path) -> Execute:
     """Polygraphy's runner of onnxruntime, for a foreign graph whose weights lie in ``folder``."""
-    try:
-        from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-    except ImportError as error:
-        raise missing_package("polygraphy", "rtx", "bisecting foreign graphs") from error
+    backend = polygraphy()
 
     def execute(model: onnx.ModelProto) -> Run:
         serialized = embedded(model, folder).SerializeToString()
-        load = SessionFromOnnx(serialized, providers=["cpu"])
+        load = backend.SessionFromOnnx(serialized, providers=["cpu"])
 
         def run(given: Arrays) -> dict[str, np.ndarray]:
             try:
-                with OnnxrtRunner(load) as runner:
+                with backend.OnnxrtRunner(load) as runner:
                     return {name: np.asarray(array) for name, array in runner.infer(dict(given)).items()}
             except Exception as error:  # its own, and those of onnxruntime, have no common base
                 raise NotSupported("onnxruntime cannot run a piece", str(error).strip().splitlines()[0]) from error

@@ -8,7 +8,7 @@ Each probe slices both graphs between two cuts and has one set of new outputs; n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -30,6 +30,7 @@ class Parting:
         nodes: numbers of the other graph's nodes between them; one, unless cuts between have no counterpart.
         differences: of the values behind them that differ, the largest ahead.
         error: relative to a vector, what rounding explains of them.
+        amplified: each half of what is between is within its limits by itself: rounding, that grows on the way.
         given: values that the other graph's nodes read.
         wanted: the reference's values behind them.
     """
@@ -41,11 +42,12 @@ class Parting:
     error: float
     given: Mapping[str, np.ndarray] = field(repr=False)
     wanted: Mapping[str, np.ndarray] = field(repr=False)
+    amplified: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether rounding explains it."""
-        return all(one.ok for one in self.differences)
+        return self.amplified or all(one.ok for one in self.differences)
 
     @property
     def excess(self) -> float:
@@ -83,10 +85,9 @@ class Pair:
             if middle is None:
                 return found
             ahead = self.probe(first, middle)
-            # Alike at the middle, they part behind it; where limits hide that, the whole is all that can be said.
             behind = None if ahead else self.probe(middle, end)
             if ahead is None and behind is None:
-                return found
+                return replace(found, amplified=True)
             found = ahead or behind
         return None
 
@@ -98,8 +99,9 @@ class Pair:
         passed: list[Parting] = []
         boundaries = [cut for cut in boundaries if first < cut < end]
         while first < end and len(passed) <= PASSED:
-            coarse = self.narrow(first, end, boundaries)
-            found = coarse and self.narrow(coarse.first, coarse.end, range(coarse.first, coarse.end))
+            found = self.narrow(first, end, boundaries)
+            if found is not None and not found.amplified:
+                found = self.narrow(found.first, found.end, range(found.first, found.end))
             if found is None:
                 break
             if not found.ok:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +19,16 @@ from v4export.bisect.graph import Arrays, Graph
 from v4export.bisect.graphs import Bisected
 from v4export.bisect.inside import first_inside
 from v4export.bisect.result import Bisection, Node
-from v4export.bisect.runners import by_polygraphy, of_bundle, opened
+from v4export.bisect.runners import by_polygraphy, of_bundle, opened, random_inputs
 from v4export.bisect.search import Parting
 from v4export.building import export
 from v4export.checkpoint.activation_scales import FILE as SCALES
 from v4export.config.chosen import AUTO, FP8
-from v4export.errors import BadInput, NotSupported, missing_package
+from v4export.errors import BadInput, NotSupported
 from v4export.graphs.export import PORTABLE, for_cpu, graphs_in
 from v4export.opened import checkpoint_of, token_map_of
 from v4export.package.bundle import MANIFEST, Bundle
+from v4export.package.whole import whole_folder
 from v4export.progress import Stages
 from v4export.runtime.tokenizer import load_tokenizer
 from v4export.verify.boundary import Boundary
@@ -217,12 +219,11 @@ def _found(
 def _with_case(result: Bisection, graph: Graph, parting: Parting, portable: bool, out: Path | None) -> Bisection:
     if out is None or result.node is None:
         return result
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True)
-    facts = {"node": result.node.name, "op_type": result.node.op_type, "graph": result.node.graph}
-    write_case(partial, graph, parting, portable, facts | {"compared": result.compared, "causes": result.node.causes})
-    partial.rename(out)
-    commands = [f"v4export bisect --replay {out}", *filter(None, [polygraphy_command(out)])]
+    facts: dict[str, Any] = {"node": result.node.name, "op_type": result.node.op_type, "graph": result.node.graph}
+    facts |= {"compared": result.compared, "causes": list(result.node.causes)}
+    with whole_folder(out, force=False) as folder:
+        write_case(folder, graph, parting, portable, facts)
+    commands = [shlex.join(["v4export", "bisect", "--replay", str(out)]), *filter(None, [polygraphy_command(out)])]
     return replace(result, case=str(out), commands=tuple(commands))
 
 
@@ -298,11 +299,4 @@ def _inputs(graph: Graph, file: Path, asked: Asked) -> list[Arrays]:
         return [given]
     if is_decoder(graph.model):
         return [decoder_inputs(graph.model, asked.seed + i) for i in range(_FEEDS)]
-    try:
-        from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-        from polygraphy.comparator import DataLoader
-    except ImportError as error:
-        raise missing_package("polygraphy", "rtx", "bisecting foreign graphs") from error
-    with OnnxrtRunner(SessionFromOnnx(str(file), providers=["cpu"])) as runner:
-        loader = DataLoader(seed=asked.seed, iterations=_FEEDS, input_metadata=runner.get_input_metadata())
-        return [dict(one) for one in loader]
+    return random_inputs(file, asked.seed, _FEEDS)

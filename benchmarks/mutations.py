@@ -1,7 +1,7 @@
 """Plants single faults in exported graphs and their weights, and counts how many ``verify`` and ``bisect`` find.
 
-A tenth of an hour of one core a preset, most of it verifying. Writes docs/bisect.md's tables. With ``--keep FILE``, what
-is found is kept there as it is found, and a run that was stopped goes on with it.
+Most of the time goes into verifying. Writes the tables of docs/bisect.md. With ``--keep FILE``, what is found is kept
+there as it is found, and a run that was stopped goes on with it.
 """
 
 from __future__ import annotations

@@ -54,6 +54,10 @@ class Damaged:
         self._write(self.graph)
         self._record()
 
+    def bundle(self) -> Bundle:
+        """What it has become."""
+        return Bundle.open(self.folder)
+
     def _record(self) -> None:
         manifest = dict(Bundle.open(self.folder).manifest)
         facts = {name: fact for name, fact in manifest.items() if name not in ("format", "versions", "files")}

@@ -86,6 +86,7 @@ SURFACE = {
         ["subject"],
         [
             "--against",
+            "--engine",
             "--checkpoint",
             "--prompt",
             "--inputs",

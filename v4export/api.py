@@ -10,6 +10,7 @@ from typing import Any
 
 from v4export import presets
 from v4export.bisect import verb as bisecting
+from v4export.bisect.asked import Asked
 from v4export.bisect.case import Replayed, replay
 from v4export.bisect.result import Bisection
 from v4export.building import Built, build, engine, export, recipe_for, verified
@@ -255,6 +256,7 @@ def bisect(
     inputs: str | Path | None = None,
     seed: int = 0,
     out: str | Path | None = None,
+    engine: bool = False,
     stages: Stages | None = None,
 ) -> Bisection:
     """Find the first layer, then the first node, at which two executions part.
@@ -267,6 +269,7 @@ def bisect(
         inputs: ``.npz`` of inputs by name, for ONNX files; of the seed unless given.
         seed: of tokens and inputs that are random.
         out: folder to make of the smallest case that shows it, which appears whole or not at all.
+        engine: compare what TensorRT makes of the graph, in pieces, with what onnxruntime does.
         stages: shows progress.
 
     Raises:
@@ -275,7 +278,7 @@ def bisect(
     """
     paths = (None if path is None else Path(path) for path in (against, checkpoint, inputs, out))
     other, moved, fed, made = paths
-    asked = bisecting.Asked(other, moved, prompt, fed, seed, made)
+    asked = Asked(other, moved, prompt, fed, seed, made, engine)
     return bisecting.bisect(Path(subject), asked, stages or Stages(quiet=True))
 
 

@@ -15,6 +15,7 @@ from v4export.progress import Stages
 @click.command()
 @click.argument("subject", type=out_folder, required=False)
 @click.option("--against", type=out_folder, metavar="OTHER", help="The reference: a bundle, or an ONNX file.")
+@click.option("--engine", is_flag=True, help="Compare TensorRT, on this machine's GPU, with onnxruntime.")
 @click.option("--checkpoint", type=out_folder, help="Where a bundle's checkpoint is now, if it has moved.")
 @click.option("--prompt", help="Text to run.  [default: text that is built in]")
 @click.option("--inputs", type=out_folder, metavar="FILE.npz", help="Of ONNX files: their inputs by name.")
@@ -27,12 +28,14 @@ def bisect(subject: Path | None, replay: Path | None, as_json: bool, quiet: bool
     """Find the first layer, then the first node, at which two executions part.
 
     SUBJECT is a bundle, which is compared with the PyTorch definition of its checkpoint or with another bundle, or an
-    ONNX file, which is compared with another one. Exit code 1 if a difference beyond limits was found.
+    ONNX file, which is compared with another one. With --engine, one graph is run by two runtimes. Exit code 1 if a
+    difference beyond limits was found.
     """
     from v4export import api
 
     if (subject is None) == (replay is None):
         raise BadInput("one thing is done at a time", fix="give a bundle or an ONNX file, or --replay DIR")
-    found: Any = api.replay(replay) if replay else api.bisect(subject or "", stages=Stages(quiet=quiet), **given)
+    how = {"stages": Stages(quiet=quiet), **given}
+    found: Any = api.replay(replay) if replay else api.bisect(subject or "", **how)
     print_result(as_json, found, found.text())
     found.check()

@@ -12,7 +12,8 @@ from damaged import Damaged
 from mutations import Fault, Site
 
 from v4export import api
-from v4export.bisect import verb
+from v4export.bisect.asked import Asked
+from v4export.bisect.bundles import with_checkpoint
 from v4export.bisect.feeds import is_small, steps_of
 from v4export.bisect.runners import of_bundle
 from v4export.errors import V4Error
@@ -84,7 +85,7 @@ class Sound:
         if not caught:
             return Outcome(fault.kind, fault.place, True, self.changes(copy))
         sound = (self.bundle, self.feeds)
-        said = verb.with_checkpoint(Bundle.open(copy), verb.Asked(), Stages(quiet=True), sound=sound, found=found)
+        said = with_checkpoint(Bundle.open(copy), Asked(), Stages(quiet=True), sound=sound, found=found)
         named = said.node.name if said.node else ""
         return Outcome(fault.kind, fault.place, True, True, caught, named, _right(named, fault), said.text())
 

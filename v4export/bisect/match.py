@@ -1,15 +1,16 @@
-"""Which value of one graph is which of another: by name, or by place in the order of the nodes.
+"""Which value of one graph is which of another: by name, or by what it is computed from.
 
-Names are kept where nearly all that the graphs compute is called alike. Otherwise nodes of the same part, a layer or
-the whole, are matched by the longest common runs of kinds (type, attributes' names, numbers of inputs and outputs), and
-a match is kept only where something that is read is matched, too.
+Names are kept where nearly all that the graphs compute is called alike. Otherwise both are walked from their inputs: a
+node is matched with one of its kind that reads the same, or most of the same. One of another kind is matched only where
+what reads its result is matched; a conversion without a counterpart stands for what it converts. Results are matched
+by name, or in order where there are as many, so that graphs are never called equal for lack of a counterpart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 
 import onnx
 
@@ -22,6 +23,9 @@ ALIKE = 0.9
 
 #: Parts of graphs besides layers, as names of nodes begin.
 PARTS = ("embed", "head", ROWS, THINK, THINK_STEP, THINK_MIX)
+
+#: Nodes that hand on what they read.
+_HANDS_ON = ("Cast", "Identity")
 
 
 @dataclass(frozen=True)
@@ -41,55 +45,103 @@ def match(reference: Graph, other: Graph) -> Match:
     """Find what corresponds.
 
     Raises:
-        BadInput: the inputs of the graphs are different ones.
+        BadInput: the inputs of the graphs are different ones, or no result corresponds.
     """
-    common = reference.maker.keys() & other.maker.keys()
-    inputs = _inputs(reference, other)
-    if len(common) >= ALIKE * len(reference.maker) and all(name == own for name, own in inputs.items()):
-        lost = [node.name or node.output[0] for node in other.nodes if not set(node.output) & common]
-        return Match({}, tuple(lost))
-    names, lost = dict(inputs), []
-    # What stays without a counterpart may not be taken for a namesake.
-    pairs = dict(_aligned(reference, other))
-    for number, node in enumerate(other.nodes):
-        twin = reference.nodes[pairs[number]] if number in pairs else None
-        if twin is not None and _agree(node, twin, names, reference):
-            names |= {own: its for own, its in zip(node.output, twin.output, strict=True) if own}
-        else:
-            names |= {own: f"other.{own}" for own in node.output if own}
-            lost.append(node.name or node.output[0])
-    return Match(names, tuple(lost))
-
-
-def _inputs(reference: Graph, other: Graph) -> dict[str, str]:
-    ours, theirs = reference.inputs, other.inputs
-    if set(ours) == set(theirs):
-        return {name: name for name in ours}
-    if len(ours) != len(theirs):
-        only = sorted(set(ours) ^ set(theirs))
+    inputs, outputs = (_ends(*ends) for ends in ((reference.inputs, other.inputs), (reference.outputs, other.outputs)))
+    if len(inputs) < max(len(reference.inputs), len(other.inputs)):
+        only = sorted(set(reference.inputs) ^ set(other.inputs))
         raise BadInput("the graphs have different inputs", ", ".join(only[:8]), "bisect graphs with equal inputs")
-    return dict(zip(theirs, ours, strict=True))
+    if not outputs:
+        values = f"{', '.join(other.outputs[:4])}; the reference has {', '.join(reference.outputs[:4])}"
+        raise BadInput("no result of the graphs corresponds", values, "bisect graphs with equal outputs")
+    common = reference.maker.keys() & other.maker.keys()
+    if len(common) >= ALIKE * len(reference.maker) and all(name == own for name, own in (inputs | outputs).items()):
+        lost = [_called(node) for node in other.nodes if not set(node.output) & common]
+        return Match({}, tuple(lost))
+    names = _Walk(reference, other, inputs, outputs).names
+    lost = [_called(node) for node in other.nodes if not any(name in names for name in node.output)]
+    # What stays without a counterpart may not be taken for a namesake.
+    own = {name: f"other.{name}" for node in other.nodes for name in node.output if name and name not in names}
+    return Match(names | own, tuple(lost))
 
 
-def _aligned(reference: Graph, other: Graph) -> Iterator[tuple[int, int]]:
-    """Numbers of the other's and the reference's nodes, part by part where both have the same parts."""
-    ours, its = (_by_part(graph) for graph in (other, reference))
-    if ours.keys() != its.keys():
-        ours, its = ({"": list(range(len(graph.nodes)))} for graph in (other, reference))
-    for part, own in ours.items():
-        twins = its[part]
-        kinds = [_kind(other.nodes[i]) for i in own], [_kind(reference.nodes[i]) for i in twins]
-        for tag, a, a_end, b, b_end in SequenceMatcher(None, kinds[0], kinds[1], autojunk=False).get_opcodes():
-            # As many of other kinds between two runs are matched, too: one of them may be what is wrong.
-            if tag == "equal" or (tag == "replace" and a_end - a == b_end - b):
-                yield from zip(own[a:a_end], twins[b:b_end], strict=True)
+def _ends(theirs: Sequence[str], ours: Sequence[str]) -> dict[str, str]:
+    """Inputs, or outputs, of the other graph and what they are in the reference."""
+    if len(theirs) == len(ours) and set(theirs) != set(ours):
+        return dict(zip(ours, theirs, strict=True))
+    return {name: name for name in ours if name in theirs}
 
 
-def _by_part(graph: Graph) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for i, part in enumerate(parts_of(graph.nodes)):
-        found.setdefault(part, []).append(i)
-    return found
+def _called(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]
+
+
+class _Walk:
+    """Matches nodes in the order in which they are computed."""
+
+    def __init__(self, reference: Graph, other: Graph, inputs: dict[str, str], outputs: dict[str, str]) -> None:
+        self.reference, self.other = reference, other
+        self.names = dict(inputs)
+        #: What a value without a counterpart may stand for.
+        self.guesses: dict[str, list[str]] = {}
+        self.free = set(range(len(reference.nodes)))
+        self.readers: dict[str, list[int]] = defaultdict(list)
+        for i, read in enumerate(reference.reads):
+            for name in read:
+                self.readers[name].append(i)
+        for node in other.nodes:
+            self._node(node)
+        self.names |= outputs
+
+    def _node(self, node: onnx.NodeProto) -> None:
+        read = [self._means(name) for name in node.input]
+        near = {i for some in read for name in some for i in self.readers[name]} & self.free
+        if not any(read):
+            near = {i for i in self.free if not any(self._is_computed(name) for name in self.reference.nodes[i].input)}
+        alike = [i for i in near if _kind(self.reference.nodes[i]) == _kind(node)]
+        if alike:
+            self._confirm(node, max(alike, key=lambda i: (self._agreement(node, read, i), -i)))
+            return
+        others = sorted(i for i in near if len(self.reference.nodes[i].output) == len(node.output))
+        for at, name in enumerate(node.output):
+            handed_on = read[0] if node.op_type in _HANDS_ON and read else []
+            self.guesses[name] = [*handed_on, *(self.reference.nodes[i].output[at] for i in others)]
+
+    def _means(self, name: str) -> list[str]:
+        return [self.names[name]] if name in self.names else self.guesses.get(name, [])
+
+    def _is_computed(self, name: str) -> bool:
+        return name in self.reference.maker or name in self.reference.inputs
+
+    def _agreement(self, node: onnx.NodeProto, read: Sequence[Sequence[str]], number: int) -> float:
+        """How much of what a node and a candidate read is the same; of equal ones, names and shapes of weights tell."""
+        twin = self.reference.nodes[number]
+        agreed = 0.0
+        for own, its, means in zip(node.input, twin.input, read, strict=True):
+            # What is certain counts more than a guess.
+            agreed += (len(means) - means.index(its)) / len(means) if its in means else 0
+            kept = self.other.kept.get(own), self.reference.kept.get(its)
+            if kept[0] is not None and kept[1] is not None:
+                agreed += 0.5 * (own == its) + 0.1 * (list(kept[0].dims) == list(kept[1].dims))
+        return agreed + 0.1 * (list(node.output) == list(twin.output))
+
+    def _confirm(self, node: onnx.NodeProto, number: int) -> None:
+        """Match two nodes; and those of different kinds whose results they read, if these may be each other."""
+        twin = self.reference.nodes[number]
+        self._pair(node, number)
+        for own, its in zip(node.input, twin.input, strict=True):
+            maker = self.reference.maker.get(its)
+            if maker in self.free and its in self.guesses.get(own, []) and own not in self.names:
+                self._pair(self.other.nodes[self.other.maker[own]], maker)
+
+    def _pair(self, node: onnx.NodeProto, number: int) -> None:
+        self.free.discard(number)
+        outputs = zip(node.output, self.reference.nodes[number].output, strict=True)
+        self.names |= {own: its for own, its in outputs if own}
+
+
+def _kind(node: onnx.NodeProto) -> tuple[object, ...]:
+    return node.domain, node.op_type, len(node.input), len(node.output)
 
 
 def parts_of(nodes: Sequence[onnx.NodeProto]) -> list[str]:
@@ -104,18 +156,6 @@ def parts_of(nodes: Sequence[onnx.NodeProto]) -> list[str]:
         else:
             found.append(found[-1] if found else "graph")
     return found
-
-
-def _kind(node: onnx.NodeProto) -> tuple[object, ...]:
-    return node.domain, node.op_type, tuple(sorted(a.name for a in node.attribute)), len(node.input), len(node.output)
-
-
-def _agree(node: onnx.NodeProto, twin: onnx.NodeProto, names: Mapping[str, str], reference: Graph) -> bool:
-    """Whether a node reads something that its twin reads; not all need be so, as a wrong operand is looked for."""
-    if len(node.output) != len(twin.output):
-        return False
-    computed = [name for name in twin.input if name in reference.maker or name in reference.inputs]
-    return not computed or bool({names.get(own) for own in node.input} & set(computed))
 
 
 def renamed(model: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:

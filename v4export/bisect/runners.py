@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 
 from v4export.bisect.graph import Arrays, Execute, Graph, Run
@@ -43,42 +46,67 @@ def _session(folder: Path, model: onnx.ModelProto) -> Run:
     return lambda given: session.run(given, {}, names)
 
 
-def polygraphy() -> Any:
-    """Its module of onnxruntime, which from here on tells errors only."""
+def polygraphy(backend: str) -> Any:
+    """A module of its, ``onnxrt`` or ``trt``; it tells no more than errors from here on."""
     try:
-        from polygraphy.backend import onnxrt
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
-        raise missing_package("polygraphy", "rtx", "bisecting foreign graphs") from error
+        raise missing_package("polygraphy", "rtx", "bisecting foreign graphs and engines") from error
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
-    return onnxrt
+    return import_module(f"polygraphy.backend.{backend}")
 
 
 def random_inputs(file: Path, seed: int, count: int) -> list[Arrays]:
     """What polygraphy makes up for a graph, so many times; axes that vary are 1."""
+    backend = polygraphy("onnxrt")
     from polygraphy.comparator import DataLoader
 
-    backend = polygraphy()
     with backend.OnnxrtRunner(backend.SessionFromOnnx(str(file), providers=["cpu"])) as runner:
-        loader = DataLoader(seed=seed, iterations=count, input_metadata=runner.get_input_metadata())
+        loader = DataLoader(seed=seed, iterations=count, input_metadata=runner.get_input_metadata(use_numpy_dtypes=False))
         return [dict(one) for one in loader]
 
 
 def by_polygraphy(folder: Path) -> Execute:
     """Polygraphy's runner of onnxruntime, for a foreign graph whose weights lie in ``folder``."""
-    backend = polygraphy()
+    backend = polygraphy("onnxrt")
 
     def execute(model: onnx.ModelProto) -> Run:
-        serialized = embedded(model, folder).SerializeToString()
-        load = backend.SessionFromOnnx(serialized, providers=["cpu"])
+        load = backend.SessionFromOnnx(embedded(model, folder).SerializeToString(), providers=["cpu"])
+        return lambda given: _inferred(backend.OnnxrtRunner(load), given)
+
+    return execute
+
+
+def by_tensorrt(folder: Path) -> Execute:
+    """Polygraphy's runner of TensorRT, on this machine's GPU: an engine for each piece, of the shapes that it is given.
+
+    Ops of the project are computed by their bodies.
+    """
+    if find_spec("tensorrt") is None:
+        raise missing_package("tensorrt", "gpu", "running pieces of a graph as engines")
+    backend = polygraphy("trt")
+
+    def execute(model: onnx.ModelProto) -> Run:
+        inlined = onnx.inliner.inline_local_functions(embedded(model, folder)).SerializeToString()
 
         def run(given: Arrays) -> dict[str, np.ndarray]:
-            try:
-                with backend.OnnxrtRunner(load) as runner:
-                    return {name: np.asarray(array) for name, array in runner.infer(dict(given)).items()}
-            except Exception as error:  # its own, and those of onnxruntime, have no common base
-                raise NotSupported("onnxruntime cannot run a piece", str(error).strip().splitlines()[0]) from error
+            profile = backend.Profile()
+            for name, array in given.items():
+                profile.add(name, array.shape, array.shape, array.shape)
+            network = backend.NetworkFromOnnxBytes(inlined, strongly_typed=True)
+            engine = backend.EngineFromNetwork(network, config=backend.CreateConfig(profiles=[profile]))
+            return _inferred(backend.TrtRunner(engine), given)
 
         return run
 
     return execute
+
+
+def _inferred(runner: Any, given: Arrays) -> dict[str, np.ndarray]:
+    """What one of polygraphy's runners makes of inputs."""
+    try:
+        with runner:
+            return {name: np.asarray(array) for name, array in runner.infer(dict(given)).items()}
+    except Exception as error:  # its own, and those of what it runs, have no common base
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise NotSupported("a piece of the graph cannot be run", said[0]) from error

@@ -1,65 +1,16 @@
-"""``v4export bisect``: a bundle with its checkpoint or with another bundle, and foreign graphs with each other."""
+"""``v4export bisect``: a bundle with its checkpoint or with another one, graphs with each other or with engines."""
 
 from __future__ import annotations
 
-import contextlib
-import shlex
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from v4export.bisect.case import polygraphy_command, write_case
-from v4export.bisect.cause import node_faults
-from v4export.bisect.feeds import decoder_inputs, is_decoder, is_small, steps_of
-from v4export.bisect.graph import Arrays, Graph
-from v4export.bisect.graphs import Bisected
-from v4export.bisect.inside import first_inside
-from v4export.bisect.result import Bisection, Node
-from v4export.bisect.runners import by_polygraphy, of_bundle, opened, random_inputs
-from v4export.bisect.search import Parting
-from v4export.building import export
-from v4export.checkpoint.activation_scales import FILE as SCALES
-from v4export.config.chosen import AUTO, FP8
-from v4export.errors import BadInput, NotSupported
-from v4export.graphs.export import PORTABLE, for_cpu, graphs_in
-from v4export.opened import checkpoint_of, token_map_of
+from v4export.bisect.asked import Asked
+from v4export.bisect.bundles import with_bundle, with_checkpoint
+from v4export.bisect.foreign import foreign, with_engine
+from v4export.bisect.result import Bisection
+from v4export.errors import BadInput
 from v4export.package.bundle import MANIFEST, Bundle
-from v4export.package.whole import whole_folder
 from v4export.progress import Stages
-from v4export.runtime.tokenizer import load_tokenizer
-from v4export.verify.boundary import Boundary
-from v4export.verify.prompts import default_prompts
-from v4export.verify.verification import Verification, verify_bundle
-
-_NO_NODE = "no node differs from a fresh export: it is the exporter that is wrong, or what is looked up for the graph"
-
-#: Random inputs that foreign graphs are fed.
-_FEEDS = 3
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked of a bisection.
-
-    Attributes:
-        against: a bundle or an ONNX file that is to be the reference; a bundle's checkpoint, unless given.
-        checkpoint: where a bundle's is now, if it has moved.
-        prompt: text to run; built-in text unless given.
-        inputs: ``.npz`` of a graph's inputs by name, for foreign graphs.
-        seed: of tokens and inputs that are random.
-        out: folder to make of the smallest case.
-    """
-
-    against: Path | None = None
-    checkpoint: Path | None = None
-    prompt: str | None = None
-    inputs: Path | None = None
-    seed: int = 0
-    out: Path | None = None
 
 
 def bisect(subject: Path, asked: Asked, stages: Stages) -> Bisection:
@@ -73,230 +24,14 @@ def bisect(subject: Path, asked: Asked, stages: Stages) -> Bisection:
         raise BadInput(f"{asked.out} exists", fix="choose another -o")
     if not (subject / MANIFEST).is_file() and subject.suffix != ".onnx":
         raise BadInput(f"{subject} is neither a bundle nor an ONNX file", fix="make a bundle with v4export build")
+    if asked.engine and asked.against is not None:
+        raise BadInput("an engine is compared with its own graph", fix="give --engine or --against, not both")
     if subject.is_dir():
         bundle = Bundle.open(subject)
         bundle.check_files()
-        return _with_bundle(bundle, asked, stages) if asked.against else with_checkpoint(bundle, asked, stages)
-    if asked.against is None:
-        raise BadInput(f"{subject} is to be compared with nothing", fix="give --against OTHER.onnx")
-    return _foreign(subject, asked, stages)
-
-
-def with_checkpoint(
-    bundle: Bundle,
-    asked: Asked,
-    stages: Stages,
-    sound: tuple[Bundle, dict[str, list[Arrays]]] | None = None,
-    found: Verification | None = None,
-) -> Bisection:
-    """A bundle and the PyTorch definition of its checkpoint: the boundary by ``verify``, the node by a fresh export.
-
-    Args:
-        bundle: the bundle.
-        asked: the rest.
-        stages: shows progress.
-        sound: an export of the same checkpoint, and what its graphs are fed, where they are there already.
-        found: the bundle's verification, where it is there already.
-    """
-    opened_checkpoint, account = checkpoint_of(bundle, asked.checkpoint, stages)
-    compared = f"{bundle.folder} with {opened_checkpoint.directory}"
-    words, prompts = token_map_of(bundle.config, opened_checkpoint.directory), _prompts(bundle, asked)
-    summary = ""
-    try:
-        with stages.stage("verify"):
-            found = found or verify_bundle(bundle, account.weights, token_map=words, prompts=prompts)
-        bad, summary = [boundary for boundary in found.boundaries if not boundary.ok], found.summary()
-    except NotSupported as error:
-        bad = [_not_run(error)]
-    if not bad:
-        return Bisection(compared, notes=(summary,))
-    # Weights come first in the report, but say nothing of where numbers part.
-    first = next((boundary for boundary in bad if boundary.name != "weights"), bad[0])
-    said = tuple(f"{b.name}: {note}" for b in dict.fromkeys((bad[0], first)) for note in b.notes[:3])
-    with contextlib.ExitStack() as stack:
-        if sound is None:
-            folder = stack.enter_context(_scratch(bundle.folder))
-            fresh = _fresh(bundle, opened_checkpoint.directory, folder / "fresh", stages)
-            sound = fresh, _steps(fresh, prompts, stages)
-        with stages.stage("bisect"):
-            result = _in_graphs(*sound, bundle, compared, asked, first.name, exact=True)
-    result = replace(result, boundary=first.name, notes=(*said, *result.notes))
-    if result.node is None:
-        result = replace(result, notes=(*result.notes, _NO_NODE))
-    return result
-
-
-def _not_run(error: NotSupported) -> Boundary:
-    return Boundary("start", False, 0.0, 0.0, 0.0, 1.0, "", notes=(error.what, error.values))
-
-
-def _with_bundle(bundle: Bundle, asked: Asked, stages: Stages) -> Bisection:
-    """Two bundles, of the same model or of a changed one."""
-    assert asked.against is not None
-    reference = Bundle.open(asked.against)
-    reference.check_files()
-    if reference.config != bundle.config:
-        raise BadInput(f"{bundle.folder} and {reference.folder} are different models", fix="give two of one model")
-    exact = reference.precision == bundle.precision
-    feeds = _steps(reference, _prompts(reference, asked), stages)
-    with stages.stage("bisect"):
-        compared = f"{bundle.folder} with {reference.folder}"
-        return _in_graphs(reference, feeds, bundle, compared, asked, "", exact)
-
-
-def _in_graphs(
-    reference: Bundle,
-    feeds: dict[str, list[Arrays]],
-    bundle: Bundle,
-    compared: str,
-    asked: Asked,
-    boundary: str,
-    exact: bool,
-) -> Bisection:
-    """Search the layer of a boundary in all graphs, then all of them; portable ones, then onnxruntime's copies."""
-    passed: dict[str, tuple[Bisected, Parting, bool]] = {}
-    unmatched: dict[str, None] = {}
-    pairs = list(_pairs(reference, bundle, feeds, boundary, copies=exact))
-    part = _part(boundary)
-    for only in dict.fromkeys((part, None)):
-        for pair, portable, fed in pairs:
-            sought = pair.search(fed, only)
-            unmatched |= dict.fromkeys(pair.match.unmatched)
-            if sought.parting:
-                return _found(compared, pair, sought.parting, portable, asked, tuple(passed), tuple(unmatched))
-            passed |= {name: (pair, one, portable) for name, one in sought.passed.items()}
-    if boundary:
-        # What is beyond a layer's limit need not be beyond a node's own: the one that comes nearest.
-        nearest = max(passed.values(), key=lambda one: one[1].excess, default=None)
-        if nearest:
-            return _found(compared, *nearest, asked, tuple(passed), tuple(unmatched))
-        for pair, _, _ in pairs:
-            for number, lines in node_faults(pair.reference, pair.other):
-                return _silent(compared, pair, number, lines)
-    return Bisection(compared, passed=tuple(passed), unmatched=tuple(unmatched))
-
-
-def _pairs(
-    reference: Bundle, bundle: Bundle, feeds: dict[str, list[Arrays]], boundary: str, copies: bool
-) -> Iterator[tuple[Bisected, bool, list[Arrays]]]:
-    """Graphs that both bundles have, portable ones first; those of thoughts ahead where thoughts differ."""
-    theirs = set(graphs_in(reference.folder))
-    names = [name for name in graphs_in(bundle.folder) if name in theirs]
-    about = "think" if boundary.startswith(("thought", "reasoning")) else PORTABLE
-    names.sort(key=lambda name: not name.startswith(about))
-    for portable in (True, False)[: 1 + copies]:
-        for name in names:
-            fed = [one for one in feeds.get(name, []) if not portable or is_small(one)]
-            file = name if portable else for_cpu(name)
-            sound, other = (of_bundle(one.folder, file, portable) for one in (reference, bundle))
-            yield Bisected(file, sound, other, exact=copies), portable, fed
-
-
-def _part(boundary: str) -> str | None:
-    """The part of a graph that a boundary of ``verify`` stands for; None for the whole."""
-    words = boundary.split()
-    if boundary.startswith("layer "):
-        return " ".join(words[:2])
-    return {"embedding": "embed", "logits": "head"}.get(boundary)
-
-
-def _found(
-    compared: str,
-    pair: Bisected,
-    parting: Parting,
-    portable: bool,
-    asked: Asked,
-    passed: Sequence[str],
-    unmatched: Sequence[str],
-) -> Bisection:
-    node = pair.described(parting)
-    if portable and len(parting.nodes) == 1:
-        node = replace(node, inside=first_inside(pair, parting))
-    result = Bisection(compared, node.boundary, node, tuple(passed), tuple(unmatched))
-    return _with_case(result, pair.other, parting, portable, asked.out)
-
-
-def _with_case(result: Bisection, graph: Graph, parting: Parting, portable: bool, out: Path | None) -> Bisection:
-    if out is None or result.node is None:
-        return result
-    facts: dict[str, Any] = {"node": result.node.name, "op_type": result.node.op_type, "graph": result.node.graph}
-    facts |= {"compared": result.compared, "causes": list(result.node.causes)}
-    with whole_folder(out, force=False) as folder:
-        write_case(folder, graph, parting, portable, facts)
-    commands = [shlex.join(["v4export", "bisect", "--replay", str(out)]), *filter(None, [polygraphy_command(out)])]
-    return replace(result, case=str(out), commands=tuple(commands))
-
-
-def _silent(compared: str, pair: Bisected, number: int, lines: Sequence[str]) -> Bisection:
-    """A node is wrong and no number shows it: a weight no prompt reaches, or an attribute that only engines read."""
-    node = pair.other.nodes[number]
-    told = Node(pair.name, node.name, node.op_type, pair.part(node.name), tuple(lines))
-    return Bisection(compared, told.boundary, told, notes=("no number shows it: it was found by comparing nodes",))
-
-
-def _prompts(bundle: Bundle, asked: Asked) -> list[list[int]]:
-    if asked.prompt is None:
-        return default_prompts(bundle.folder, bundle.config, bundle.max_seq_len // 2, asked.seed)
-    tokens = load_tokenizer(bundle.folder).encode(asked.prompt)
-    return [tokens[: bundle.max_seq_len // 2]]
-
-
-def _steps(bundle: Bundle, prompts: Sequence[Sequence[int]], stages: Stages) -> dict[str, list[Arrays]]:
-    with stages.stage("reference"):
-        return steps_of(bundle, prompts)
-
-
-@contextlib.contextmanager
-def _scratch(beside: Path) -> Iterator[Path]:
-    """A folder beside a bundle, so that weights can be links; elsewhere where none can be made there."""
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=".bisect.", dir=beside.resolve().parent)
-    except OSError:
-        folder = tempfile.TemporaryDirectory()
-    with folder as name:
-        yield Path(name)
-
-
-def _fresh(bundle: Bundle, checkpoint: Path, out: Path, stages: Stages) -> Bundle:
-    """What the exporter makes of a bundle's checkpoint now, by the same choices."""
-    chosen, scales = bundle.chosen, bundle.folder / SCALES
-    how: dict[str, Any] = {
-        "precision": bundle.precision.name,
-        "keep": bundle.manifest.get("keep", ()),
-        "max_seq_len": bundle.max_seq_len,
-        "layers": None if chosen.layers is None else range(chosen.layers),
-        "engram_inside": chosen.engram_inside,
-        "think_steps": chosen.think_steps,
-        "state": FP8 if chosen.state == FP8 else AUTO,
-        "calibrate": scales if scales.exists() else None,
-    }
-    return export(checkpoint, out, stages=stages, scan_values=False, **how).bundle
-
-
-def _foreign(subject: Path, asked: Asked, stages: Stages) -> Bisection:
-    """Two ONNX files by polygraphy's runner, over the same inputs."""
-    assert asked.against is not None
-    sound, other = (Graph(opened(f), by_polygraphy(f.parent), f.parent) for f in (asked.against, subject))
-    pair = Bisected(subject.name, sound, other, exact=False)
-    with stages.stage("bisect"):
-        sought = pair.search(_inputs(pair.reference, asked.against, asked))
-    compared = f"{subject} with {asked.against}"
-    passed = tuple(sought.passed)
-    if sought.parting:
-        return _found(compared, pair, sought.parting, False, asked, passed, pair.match.unmatched)
-    return Bisection(compared, passed=passed, unmatched=pair.match.unmatched)
-
-
-def _inputs(graph: Graph, file: Path, asked: Asked) -> list[Arrays]:
-    """What foreign graphs are fed: a file's, those of the state contract, or what polygraphy makes up."""
-    if asked.inputs is not None:
-        try:
-            given = dict(np.load(asked.inputs, allow_pickle=False))
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{asked.inputs} is no file of inputs", str(error), "write it with numpy.savez") from error
-        if missing := set(graph.inputs) - given.keys():
-            raise BadInput(f"{asked.inputs} lacks inputs", ", ".join(sorted(missing)), f"give all of {file}")
-        return [given]
-    if is_decoder(graph.model):
-        return [decoder_inputs(graph.model, asked.seed + i) for i in range(_FEEDS)]
-    return random_inputs(file, asked.seed, _FEEDS)
+        if asked.engine:
+            return with_engine(bundle, asked, stages)
+        return with_bundle(bundle, asked, stages) if asked.against else with_checkpoint(bundle, asked, stages)
+    if asked.against is None and not asked.engine:
+        raise BadInput(f"{subject} is to be compared with nothing", fix="give --against OTHER.onnx, or --engine")
+    return foreign(subject, asked, stages)

@@ -37,7 +37,7 @@ class Bisected:
     """
 
     def __init__(self, name: str, reference: Graph, other: Graph, exact: bool) -> None:
-        self.name, self.match = name, match(reference, other)
+        self.name, self.match = name, match(reference, other, exact)
         if self.match.names:
             other = Graph(renamed(other.model, self.match.names), other.execute, other.folder)
         self.reference, self.other = reference, other

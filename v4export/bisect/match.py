@@ -1,6 +1,7 @@
 """Which value of one graph is which of another: by name, or by what it is computed from.
 
-Names are kept where nearly all that the graphs compute is called alike. Otherwise both are walked from their inputs: a
+Names are kept where the graphs call all that they compute alike; of two exports of one model and precision it suffices
+that most is, as the same exporter gave the names. Otherwise both are walked from their inputs: a
 node is matched with one of its kind that reads the same, or most of the same. One of another kind is matched only where
 what reads its result is matched; a conversion without a counterpart stands for what it converts. Results are matched
 by name, or in order where there are as many, so that graphs are never called equal for lack of a counterpart.
@@ -18,8 +19,8 @@ from v4export.bisect.graph import Graph
 from v4export.errors import BadInput
 from v4export.graphs.trace import ROWS, THINK, THINK_MIX, THINK_STEP
 
-#: Share of the reference's values that has to be in the other graph by name, for names to be what matches.
-ALIKE = 0.9
+#: Of two exports of one model and precision, the share of values by which they are known to be that.
+ALIKE = 0.5
 
 #: Parts of graphs besides layers, as names of nodes begin.
 PARTS = ("embed", "head", ROWS, THINK, THINK_STEP, THINK_MIX)
@@ -41,8 +42,8 @@ class Match:
     unmatched: tuple[str, ...]
 
 
-def match(reference: Graph, other: Graph) -> Match:
-    """Find what corresponds.
+def match(reference: Graph, other: Graph, same_exporter: bool) -> Match:
+    """Find what corresponds; ``same_exporter`` says that the names of both were given alike.
 
     Raises:
         BadInput: the inputs of the graphs are different ones, or no result corresponds.
@@ -55,7 +56,8 @@ def match(reference: Graph, other: Graph) -> Match:
         values = f"{', '.join(other.outputs[:4])}; the reference has {', '.join(reference.outputs[:4])}"
         raise BadInput("no result of the graphs corresponds", values, "bisect graphs with equal outputs")
     common = reference.maker.keys() & other.maker.keys()
-    if len(common) >= ALIKE * len(reference.maker) and all(name == own for name, own in (inputs | outputs).items()):
+    share = ALIKE if same_exporter else 1
+    if len(common) >= share * len(reference.maker) and all(name == own for name, own in (inputs | outputs).items()):
         lost = [_called(node) for node in other.nodes if not set(node.output) & common]
         return Match({}, tuple(lost))
     names = _Walk(reference, other, inputs, outputs).names
@@ -87,7 +89,7 @@ class _Walk:
         self.free = set(range(len(reference.nodes)))
         self.readers: dict[str, list[int]] = defaultdict(list)
         for i, read in enumerate(reference.reads):
-            for name in read:
+            for name in {*read, *map(self._handed_on, read)}:
                 self.readers[name].append(i)
         for node in other.nodes:
             self._node(node)
@@ -110,6 +112,12 @@ class _Walk:
     def _means(self, name: str) -> list[str]:
         return [self.names[name]] if name in self.names else self.guesses.get(name, [])
 
+    def _handed_on(self, name: str) -> str:
+        """What a value of the reference is a conversion of."""
+        maker = self.reference.maker.get(name)
+        node = None if maker is None else self.reference.nodes[maker]
+        return self._handed_on(node.input[0]) if node is not None and node.op_type in _HANDS_ON else name
+
     def _is_computed(self, name: str) -> bool:
         return name in self.reference.maker or name in self.reference.inputs
 
@@ -120,6 +128,7 @@ class _Walk:
         for own, its, means in zip(node.input, twin.input, read, strict=True):
             # What is certain counts more than a guess.
             agreed += (len(means) - means.index(its)) / len(means) if its in means else 0
+            agreed += 0.9 if its not in means and self._handed_on(its) in means else 0
             kept = self.other.kept.get(own), self.reference.kept.get(its)
             if kept[0] is not None and kept[1] is not None:
                 agreed += 0.5 * (own == its) + 0.1 * (list(kept[0].dims) == list(kept[1].dims))

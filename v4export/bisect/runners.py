@@ -62,8 +62,8 @@ def random_inputs(file: Path, seed: int, count: int) -> list[Arrays]:
     from polygraphy.comparator import DataLoader
 
     with backend.OnnxrtRunner(backend.SessionFromOnnx(str(file), providers=["cpu"])) as runner:
-        loader = DataLoader(seed=seed, iterations=count, input_metadata=runner.get_input_metadata(use_numpy_dtypes=False))
-        return [dict(one) for one in loader]
+        inputs = runner.get_input_metadata(use_numpy_dtypes=False)
+        return [dict(one) for one in DataLoader(seed=seed, iterations=count, input_metadata=inputs)]
 
 
 def by_polygraphy(folder: Path) -> Execute:

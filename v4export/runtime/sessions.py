@@ -199,7 +199,8 @@ def _explained(folder: Path) -> Iterator[None]:
         if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime."):
             raise
         text = str(error).strip().splitlines()[0]
-        if "alloc" in text:
+        # Not every message with "alloc" in it: that of a result of a wrong shape speaks of where it was to be put.
+        if "alloc" in text and "allocated" not in text:
             raise NotEnough(f"not enough memory to run {folder}", text, "use a machine with more") from error
         raise NotSupported(
             f"onnxruntime cannot run the graph of {folder}", text, "if the bundle is whole, please report this"

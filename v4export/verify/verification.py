@@ -23,6 +23,7 @@ from v4export.verify.bodies import body_faults
 from v4export.verify.boundary import Boundary
 from v4export.verify.compare import compare
 from v4export.verify.looked_up import engram_faults
+from v4export.verify.norms import norm_faults
 from v4export.verify.prompts import LENGTHS, default_prompts
 from v4export.verify.recording import Recording, record, tap_names
 from v4export.verify.references import check_references
@@ -199,6 +200,8 @@ def _references(
     for name in graphs_in(bundle.folder) if bundle.precision.inputs else ():
         both = (ir.load(bundle.folder / file) for file in (name, for_cpu(name)))
         wrong += tuple(f"{name}: {fault}" for fault in rounding_faults(*both, bundle.config, bundle.precision))
+    for name in names:
+        wrong += tuple(f"{name}: {fault}" for fault in norm_faults(ir.load(bundle.folder / name), bundle.config))
     if _same_writer(bundle):
         wrong += tuple(f"{name}: {fault}" for name in names for fault in body_faults(ir.load(bundle.folder / name)))
     if engram and token_map is not None:

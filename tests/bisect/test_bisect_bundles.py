@@ -70,6 +70,17 @@ def test_sound_bundles_do_not_part(tiny_bundle, precision, against):
 
 
 @pytest.mark.slow
+def test_nodes_that_are_not_alike_are_told_though_no_number_shows_it(tiny_bundle, tmp_path):
+    damaged = Damaged(tiny_bundle("fp32").folder, tmp_path / "damaged")
+    assert damaged.set_attribute("MoeRoute", "scale", 1.0, layer=2)
+    damaged.save()
+    found = api.bisect(damaged.folder, against=tiny_bundle("fp32").folder)
+    assert not found.parted and found.notes[0].startswith("1 nodes are not alike")
+    assert "scale is 1.0, the reference has 2.5" in found.notes[1]
+    assert api.bisect(damaged.folder).node.causes == ("scale is 1.0, the reference has 2.5",)
+
+
+@pytest.mark.slow
 def test_a_fault_shows_through_two_precisions(tiny_bundle, tmp_path):
     damaged = Damaged(tiny_bundle("bf16").folder, tmp_path / "damaged")
     no_shared_expert(damaged)

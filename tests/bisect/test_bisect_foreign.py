@@ -129,6 +129,19 @@ def test_probes_are_few_and_mark_no_more_than_a_cut(tmp_path):
     assert max(len(model.graph.output) for model in ran) <= 2  # a step's input and its product
 
 
+@pytest.mark.parametrize("passed", [0, 1, 2])
+def test_what_rounding_explains_does_not_hide_what_is_behind(tmp_path, monkeypatch, passed):
+    monkeypatch.setattr("v4export.bisect.search.PASSED", passed)
+    wrong = onnx.load(chain(tmp_path / "a.onnx", change=1 + 2e-7, wrong={4: "Sigmoid"}))
+    sound = onnx.load(chain(tmp_path / "b.onnx"))
+    run = runners.by_polygraphy(tmp_path)
+    pair = Pair(Graph(sound, run, tmp_path), Graph(wrong, run, tmp_path), exact=True)
+    pair.feed({"x": np.ones((2, WIDTH), np.float32)})
+    found, ahead = pair.search(0, len(sound.graph.node), ())
+    assert [wrong.graph.node[i].name for i in found.nodes] == ["activation4"]
+    assert [wrong.graph.node[i].name for one in ahead for i in one.nodes] == ["product2"][: min(passed, 1)]
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     """What polygraphy has of TensorRT, computed by onnxruntime, but for one thing: its Tanh is a Sigmoid."""

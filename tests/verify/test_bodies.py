@@ -1,4 +1,4 @@
-"""A body that is not what its node's attributes say is found, though no number shows it."""
+"""A wrong epsilon, and a body that is not what its node's attributes say, are found though no number shows them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from v4export.graphs.export import PORTABLE
 from v4export.package.bundle import MANIFEST
 from v4export.plain import to_json
 from v4export.verify.bodies import body_faults
+from v4export.verify.norms import norm_faults
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp8", marks=pytest.mark.slow)])
@@ -49,3 +50,14 @@ def test_verify_fails_unless_another_version_wrote_them(tiny_bundle, tmp_path):
     manifest["versions"] = manifest["versions"] | {"v4export": "0.0"}
     (damaged.folder / MANIFEST).write_text(to_json(manifest))
     assert api.verify(damaged.folder, decode=0).passed
+
+
+def test_epsilons(tiny_bundle, tmp_path):
+    bundle = tiny_bundle("bf16")
+    assert list(norm_faults(ir.load(bundle.folder / PORTABLE), bundle.config)) == []
+    damaged = Damaged(bundle.folder, tmp_path / "damaged")
+    node = next(n for n in damaged.nodes("RMSNormalization") if "layers.2." in n.name)
+    next(a for a in node.attribute if a.name == "epsilon").f = 1e-3
+    damaged.save()
+    (line,) = norm_faults(ir.load(damaged.folder / PORTABLE), bundle.config)
+    assert line.startswith(f"{node.name}: epsilon is 0.001, and should be ")

@@ -31,6 +31,9 @@ from v4export.verify.boundary import Boundary
 from v4export.verify.prompts import default_prompts
 from v4export.verify.verification import Verification, verify_bundle
 
+#: Nodes that are told of one by one, where no number shows a difference.
+_TOLD = 8
+
 _NO_NODE = "no node differs from a fresh export: it is the exporter that is wrong, or what is looked up for the graph"
 
 
@@ -86,7 +89,8 @@ def with_bundle(bundle: Bundle, asked: Asked, stages: Stages) -> Bisection:
     """Two bundles, of the same model or of a changed one."""
     assert asked.against is not None
     reference = Bundle.open(asked.against)
-    reference.check_files()
+    for one in (bundle, reference):
+        one.check_files()
     if reference.config != bundle.config:
         raise BadInput(f"{bundle.folder} and {reference.folder} are different models", fix="give two of one model")
     exact = reference.precision == bundle.precision
@@ -109,6 +113,9 @@ def _in_graphs(
     passed: dict[str, tuple[Bisected, Parting, bool]] = {}
     unmatched: dict[str, None] = {}
     pairs = list(_pairs(reference, bundle, feeds, boundary, copies=exact))
+    if not pairs:
+        names = f"{', '.join(graphs_in(bundle.folder))}; {', '.join(graphs_in(reference.folder))}"
+        raise BadInput(f"{bundle.folder} and {reference.folder} have no graph in common", names, "share both alike")
     part = _part(boundary)
     for only in dict.fromkeys((part, None)):
         for pair, portable, fed in pairs:
@@ -122,10 +129,14 @@ def _in_graphs(
         nearest = max(passed.values(), key=lambda one: one[1].excess, default=None)
         if nearest:
             return told(compared, *nearest, asked, tuple(passed), tuple(unmatched))
-        for pair, _, _ in pairs:
-            for number, lines in node_faults(pair.reference, pair.other):
-                return told_of_silent(compared, pair, number, lines)
-    return Bisection(compared, passed=tuple(passed), unmatched=tuple(unmatched))
+    silent = (
+        [(pair, *fault) for pair, _, _ in pairs for fault in node_faults(pair.reference, pair.other)] if exact else []
+    )
+    if boundary and silent:
+        return told_of_silent(compared, *silent[0])
+    lines = [f"{pair.other.nodes[i].name} of {pair.name}: {'; '.join(causes)}" for pair, i, causes in silent[:_TOLD]]
+    notes = (f"{len(silent)} nodes are not alike, and no number shows it:", *lines) if silent else ()
+    return Bisection(compared, passed=tuple(passed), unmatched=tuple(unmatched), notes=notes)
 
 
 def _pairs(

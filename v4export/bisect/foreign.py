@@ -36,6 +36,7 @@ def foreign(subject: Path, asked: Asked, stages: Stages) -> Bisection:
 
 def with_engine(bundle: Bundle, asked: Asked, stages: Stages) -> Bisection:
     """What TensorRT makes of a bundle's portable graph, and what onnxruntime does."""
+    bundle.check_files()
     feeds = [one for one in steps(bundle, prompts_of(bundle, asked), stages)[PORTABLE] if is_small(one)]
     sound = of_bundle(bundle.folder, PORTABLE, portable=True)
     other = Graph(sound.model, by_tensorrt(bundle.folder), bundle.folder)

@@ -38,8 +38,8 @@ def told(
 def told_of_silent(compared: str, pair: Bisected, number: int, lines: Sequence[str]) -> Bisection:
     """A node is wrong and no number shows it: a weight no prompt reaches, or an attribute that only engines read."""
     node = pair.other.nodes[number]
-    told = Node(pair.name, node.name, node.op_type, pair.part(node.name), tuple(lines))
-    return Bisection(compared, told.boundary, told, notes=("no number shows it: it was found by comparing nodes",))
+    silent = Node(pair.name, node.name, node.op_type, pair.part(node.name), tuple(lines))
+    return Bisection(compared, silent.boundary, silent, notes=("no number shows it: it was found by comparing nodes",))
 
 
 def _with_case(result: Bisection, graph: Graph, parting: Parting, portable: bool, out: Path | None) -> Bisection:

@@ -17,7 +17,7 @@ from v4export.bisect.difference import Difference, difference, expected_error
 from v4export.bisect.graph import Arrays, Graph
 from v4export.errors import V4Error
 
-#: Nodes that differ within rounding and are passed on the way to one that does not, while every bit is compared.
+#: Nodes that differ within rounding and are passed while every bit is compared; behind them limits are what counts.
 PASSED = 12
 
 
@@ -66,6 +66,7 @@ class Pair:
     def __init__(self, reference: Graph, other: Graph, exact: bool) -> None:
         self.reference, self.other, self.exact = reference, other, exact
         self._known: dict[str, np.ndarray] = {}
+        self._every_bit = exact
         last = {name: i for i, read in enumerate(reference.reads) for name in read}
         last |= dict.fromkeys(reference.outputs, len(reference.nodes))
         self._last = last
@@ -73,7 +74,7 @@ class Pair:
 
     def feed(self, inputs: Arrays) -> None:
         """From here on both compute from these inputs of the graph."""
-        self._known, self._probed = dict(inputs), {}
+        self._known, self._probed, self._every_bit = dict(inputs), {}, self.exact
 
     def narrow(self, first: int, end: int, cuts: Sequence[int]) -> Parting | None:
         """The first two of ``cuts``, and of the ends, between which the graphs part; None where they do not."""
@@ -92,13 +93,12 @@ class Pair:
         return None
 
     def search(self, first: int, end: int, boundaries: Iterable[int]) -> tuple[Parting | None, list[Parting]]:
-        """The first node beyond its limit, and those ahead of it that rounding explains.
-
-        Where every bit is compared and rounding explains all of them, the one is None.
-        """
+        """The first node beyond its limit, None where there is none; and those ahead of it that rounding explains."""
         passed: list[Parting] = []
         boundaries = [cut for cut in boundaries if first < cut < end]
-        while first < end and len(passed) <= PASSED:
+        while first < end:
+            if self._every_bit and len(passed) >= PASSED:
+                self._every_bit, self._probed = False, {}
             found = self.narrow(first, end, boundaries)
             if found is not None and not found.amplified:
                 found = self.narrow(found.first, found.end, range(found.first, found.end))
@@ -130,7 +130,7 @@ class Pair:
             found, failed = {}, error.values or error.what
         expected = self._expected(first, end, nodes, given)
         compared = [difference(name, found.get(name), wanted[name], expected) for name in names]
-        bad = [one for one in compared if not (one.equal if self.exact else one.ok)]
+        bad = [one for one in compared if not (one.equal if self._every_bit else one.ok)]
         if not bad:
             return None
         if failed:

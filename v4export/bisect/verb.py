@@ -28,7 +28,6 @@ def bisect(subject: Path, asked: Asked, stages: Stages) -> Bisection:
         raise BadInput("an engine is compared with its own graph", fix="give --engine or --against, not both")
     if subject.is_dir():
         bundle = Bundle.open(subject)
-        bundle.check_files()
         if asked.engine:
             return with_engine(bundle, asked, stages)
         return with_bundle(bundle, asked, stages) if asked.against else with_checkpoint(bundle, asked, stages)

@@ -23,7 +23,7 @@ from v4export.model.load import fill
 from v4export.model.moe import MixtureOfExperts
 from v4export.model.reasoning import ThinkingHead
 from v4export.precision import Precision
-from v4export.state_contract import StateTensor, state_tensors
+from v4export.state_contract import StateTensor, may_skip_decoder, state_tensors
 from v4export.verify import tolerance
 from v4export.verify.boundary import Boundary, judge, relative, shown
 from v4export.verify.halves import Allowed, Errors, Watch, allowed, block_paths, enlarged
@@ -39,12 +39,14 @@ from v4export.verify.thoughts import ThoughtComparison, thought_boundaries
 def expected_boundaries(config: ModelConfig) -> int:
     """How many boundaries a verification has: weights, embedding, logits; of each layer its output and its state.
 
-    Where there are any, also of each layer what was looked up for it, shares of the streams, and what is thought.
+    Where there are any, also of each layer what was looked up for it, shares of the streams, and what is thought; and
+    what is left by tokens that do not pass a decoder.
     """
     shares = config.num_layers if config.hyper and config.hyper.single_pass else 0
     looked_up = sum(config.has_engram(layer) for layer in range(config.num_layers))
     return (
         3
+        + may_skip_decoder(config)
         + shares
         + looked_up
         + thought_boundaries(config)

@@ -27,6 +27,7 @@ from v4export.verify.norms import norm_faults
 from v4export.verify.prompts import LENGTHS, default_prompts
 from v4export.verify.recording import Recording, record, tap_names
 from v4export.verify.references import check_references
+from v4export.verify.remembering import remembered_rows
 
 #: Tokens of a prefill chunk while verifying: small, so that prompts take several; and odd, so that chunks begin at
 #: every place within a compressed entry.
@@ -123,14 +124,21 @@ def verify_bundle(
     executor = _executor(bundle, device, bodies=False)
     recordings = [r for batch in batches for r in record(executor, config, batch, chunk=CHUNK, decode=decode)]
     recordings += _past_the_decoder(executor, config, prompts, CHUNK, decode)
+    rows = _remembered(executor, bundle, prompts, CHUNK)
     bodies = device != "cpu" or (bodies_fit(bundle) and bundle.sharding is None)
     if device == "cpu" and bodies:
         executor = _executor(bundle, device, bodies=True)
         for batch in _for_bodies(config, prompts):
             recordings += record(executor, config, batch, chunk=BODIES_CHUNK, decode=min(decode, 2))
-        recordings += _past_the_decoder(executor, config, [max(prompts, key=len)[:12]], BODIES_CHUNK, min(decode, 2))
+        few = [max(prompts, key=len)[:12]]
+        recordings += _past_the_decoder(executor, config, few, BODIES_CHUNK, min(decode, 2))
+        rows += _remembered(executor, bundle, few, BODIES_CHUNK)
+    # Of both forms of the graph, what is wrong.
+    rows = sorted(rows, key=lambda one: one.ok)[:1]
+    for one in rows:
+        advance(one)
     boundaries = compare(weights, config, bundle.precision, recordings, advance, token_map, scales)
-    return Verification(device, tuple(map(len, prompts)), decode, (references, *boundaries), bodies)
+    return Verification(device, tuple(map(len, prompts)), decode, (references, *rows, *boundaries), bodies)
 
 
 def _past_the_decoder(
@@ -141,6 +149,14 @@ def _past_the_decoder(
     if executor.tail is None or len(longest) < 2:
         return []
     return record(executor, config, [longest], chunk=chunk, decode=decode, remembered=len(longest) // 2)
+
+
+def _remembered(executor: OnnxExecutor, bundle: Bundle, prompts: Sequence[Sequence[int]], chunk: int) -> list[Boundary]:
+    """Rows that are left without passing the decoder, of a model with one."""
+    longest = max(prompts, key=len)
+    if executor.tail is None or len(longest) < 2:
+        return []
+    return [remembered_rows(executor, bundle.config, bundle.precision, longest[: len(longest) // 2], chunk)]
 
 
 def _for_bodies(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:

@@ -56,10 +56,10 @@ SUBJECTS = (
     Subject("tiny-v4", "fp32", 36),
     Subject("tiny-v4.1", "fp32", 20),
     Subject("tiny-v4.1", "fp32", 4, REMEMBERING),
-    Subject("tiny-v4x", "fp32", 36),
-    Subject("tiny-v4x", "fp32", 8, THINKING),
-    Subject("tiny-v4x", "fp32", 8, THINKING_STEP),
+    Subject("tiny-v4x", "fp32", 6, THINKING),
+    Subject("tiny-v4x", "fp32", 6, THINKING_STEP),
     Subject("tiny-v4x", "fp32", 4, THINKING_MIX),
+    Subject("tiny-v4x", "fp32", 24),
 )
 
 

@@ -133,18 +133,22 @@ class _Comparison:
 
     def _embedding(self) -> Boundary:
         embed, exact = self._pair(lambda: Embed(self.config))
-        found, wanted = [], []
-        for r in self.recordings:
+        found, wanted, wrong = [], [], []
+        for i, r in enumerate(self.recordings):
             # Tokens ahead of them have not passed the decoder.
             ids, start = torch.from_numpy(r.tokens)[None], torch.tensor([len(r.before)])
             hidden, shared = embed.shared(ids, start, start)
             wanted.append(hidden)
             found.append(torch.from_numpy(r.hidden[-1]))
+            # A norm behind them hides a factor of all shares.
+            if "pre" in shared and not torch.equal(torch.from_numpy(r.pre[-1]), shared["pre"]):
+                wrong.append(f"sequence {i}: the streams' shares in the first layer's input are others")
             self.shared.append(shared | {"hidden": found[-1]})
             free, shared = exact.shared(ids, start, start)
             self.free.append(shared | {"hidden": free})
         # A look-up computes nothing: not a bit may differ.
-        return judge("embedding", found, wanted, [w.norm(dim=-1) * 0 for w in wanted], "exact: a look-up")
+        none = [w.norm(dim=-1) * 0 for w in wanted]
+        return judge("embedding", found, wanted, none, "exact: a look-up").also(wrong=shown(wrong))
 
     def _layer(self, layer: int) -> Iterator[Boundary]:
         c, p = self.config, self.precision

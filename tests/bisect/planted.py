@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,11 @@ class Sound:
         self.bundle, self.graph = bundle, graph
         model, lowered = (onnx.load(bundle.folder / n, load_external_data=False) for n in (graph, for_cpu(graph)))
         self.site = Site.of(model, lowered)
+        #: Nodes of any graph that read a weight, which all graphs share.
+        self.readers: dict[str, tuple[str, ...]] = {}
+        for name in graphs_in(bundle.folder):
+            read = Site.of(onnx.load(bundle.folder / name, load_external_data=False)).weights
+            self.readers |= {weight: self.readers.get(weight, ()) + nodes for weight, nodes in read.items()}
         prompts = default_prompts(bundle.folder, bundle.config, bundle.max_seq_len // 2)
         self.feeds = steps_of(bundle, prompts)
 
@@ -87,7 +93,16 @@ class Sound:
         sound = (self.bundle, self.feeds)
         said = with_checkpoint(Bundle.open(copy), Asked(), Stages(quiet=True), sound=sound, found=found)
         named = said.node.name if said.node else ""
-        return Outcome(fault.kind, fault.place, True, True, caught, named, _right(named, fault), said.text())
+        return Outcome(
+            fault.kind,
+            fault.place,
+            True,
+            True,
+            caught,
+            named,
+            _right(named, fault.nodes + self.readers.get(fault.place, ())),
+            said.text(),
+        )
 
     def changes(self, copy: Path) -> bool:
         """Whether a bit of any result of any graph differs, over all that the graphs are fed."""
@@ -104,9 +119,9 @@ class Sound:
         return False
 
 
-def _right(named: str, fault: Fault) -> bool:
+def _right(named: str, nodes: Sequence[str]) -> bool:
     """Whether a node is one at fault; or of those that onnxruntime's copy has in the place of one."""
-    return any(named == node or named.startswith(f"{node}.") for node in fault.nodes)
+    return any(named == node or named.startswith(f"{node}.") for node in nodes)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -75,7 +75,7 @@ def test_nodes_that_are_not_alike_are_told_though_no_number_shows_it(tiny_bundle
     assert damaged.set_attribute("MoeRoute", "scale", 1.0, layer=2)
     damaged.save()
     found = api.bisect(damaged.folder, against=tiny_bundle("fp32").folder)
-    assert not found.parted and found.notes[0].startswith("1 nodes are not alike")
+    assert not found.parted and found.notes[0].startswith("2 nodes are not alike")  # of the graph and of its copy
     assert "scale is 1.0, the reference has 2.5" in found.notes[1]
     assert api.bisect(damaged.folder).node.causes == ("scale is 1.0, the reference has 2.5",)
 

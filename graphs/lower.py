@@ -51,19 +51,21 @@ def lower_for_cpu(path: Path, repacking: Repacking | None = None, base: Path | N
     return _carried_in_float32(model)
 
 
-def bodies_for_cpu(path: Path) -> ir.Model:
-    """The portable graph as it is, its ops' bodies in their places: slow, and what every other runtime computes."""
-    return _carried_in_float32(with_bodies(path))
+def bodies_for_cpu(graph: Path | onnx.ModelProto) -> ir.Model:
+    """The portable graph, or a piece of it, as it is, its ops' bodies in their places: slow, and what every other
+    runtime computes.
+    """
+    return _carried_in_float32(with_bodies(graph))
 
 
-def with_bodies(path: Path) -> ir.Model:
+def with_bodies(graph: Path | onnx.ModelProto) -> ir.Model:
     """The portable graph for another provider of onnxruntime: bodies in their places, packed FP4 as bytes.
 
     onnxruntime looks for the types of initialisers before it inlines, and FP8 ones are read inside bodies only.
     """
     # ONNX's own inliner keeps names apart where a body calls another one.
-    proto = onnx.inliner.inline_local_functions(onnx.load(path, load_external_data=False))
-    model = ir.from_proto(proto)
+    proto = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
+    model = ir.from_proto(onnx.inliner.inline_local_functions(proto))
     unpack_fp4(model)
     return model
 

@@ -46,13 +46,13 @@ def split(model: onnx.ModelProto, piece_of: PieceOf, count: int) -> list[onnx.Mo
         for name in nodes[i].output
     }
     made = [{name for i in own for name in nodes[i].output} for own in members]
-    reads = [{name for i in own for name in _reads(nodes[i])} for own in members]
-    crossing = {name for number in range(count) for name in reads[number] - made[number] if name in made_by}
+    read = [{name for i in own for name in reads(nodes[i])} for own in members]
+    crossing = {name for number in range(count) for name in read[number] - made[number] if name in made_by}
     found = []
     for number, own in enumerate(members):
         outputs = [n for i in own for n in nodes[i].output if n in crossing | returned and made_by.get(n) == number]
-        inputs = [v.name for v in graph.input if v.name in reads[number]]
-        inputs += sorted((reads[number] & crossing) - made[number], key=lambda n: maker[n])
+        inputs = [v.name for v in graph.input if v.name in read[number]]
+        inputs += sorted((read[number] & crossing) - made[number], key=lambda n: maker[n])
         piece = onnx.ModelProto()
         piece.CopyFrom(model)
         del piece.graph.node[:], piece.graph.input[:], piece.graph.output[:], piece.graph.value_info[:]
@@ -60,10 +60,10 @@ def split(model: onnx.ModelProto, piece_of: PieceOf, count: int) -> list[onnx.Mo
         piece.graph.node.extend(nodes[i] for i in own)
         piece.graph.input.extend(types[name] for name in inputs)
         piece.graph.output.extend(types.get(name) or onnx.ValueInfoProto(name=name) for name in outputs)
-        piece.graph.initializer.extend(t for t in graph.initializer if t.name in reads[number])
+        piece.graph.initializer.extend(t for t in graph.initializer if t.name in read[number])
         inside = made[number] - set(outputs)
         piece.graph.value_info.extend(v for v in graph.value_info if v.name in inside)
-        used = _called(piece)
+        used = called(piece)
         kept = [f for f in model.functions if (f.domain, f.name, f.overload) in used]
         del piece.functions[:]
         piece.functions.extend(kept)
@@ -79,19 +79,19 @@ def segments(model: onnx.ModelProto) -> list[Segment]:
     nodes = list(model.graph.node)
     earliest: dict[str, int] = {}
     for node in nodes:
-        own = max((earliest.get(name, 0) for name in _reads(node)), default=0)
+        own = max((earliest.get(name, 0) for name in reads(node)), default=0)
         earliest |= dict.fromkeys(node.output, own + (node.op_type == SUM))
     latest: dict[str, int] = {}
     number: dict[str, int | None] = {}
     for node in reversed(nodes):
-        first = max((earliest.get(name, 0) for name in _reads(node)), default=0)
+        first = max((earliest.get(name, 0) for name in reads(node)), default=0)
         own = (
             first
             if node.op_type == SUM
             else max(first, min((latest[n] for n in node.output if n in latest), default=first))
         )
         number[node.output[0]] = None if node.op_type == "Constant" else own
-        for name in _reads(node):
+        for name in reads(node):
             latest[name] = min(latest.get(name, own), own)
     sums = [node for node in nodes if node.op_type == SUM]
     exchanged = {number[node.output[0]]: [] for node in sums}  # type: dict[int | None, list[tuple[str, str]]]
@@ -122,7 +122,7 @@ def _members(
     found = {i for i, piece in enumerate(pieces) if piece == number}
     ahead = list(found)
     while ahead:
-        for name in _reads(nodes[ahead.pop()]):
+        for name in reads(nodes[ahead.pop()]):
             i = maker.get(name)
             if i is not None and pieces[i] is None and i not in found:
                 found.add(i)
@@ -130,7 +130,7 @@ def _members(
     return sorted(found)
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
+def reads(node: onnx.NodeProto) -> Iterator[str]:
     """Names that a node reads, those that its subgraphs take from around it included."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
@@ -139,10 +139,10 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
             own = {value.name for value in (*graph.input, *graph.initializer)}
             own |= {name for inner in graph.node for name in inner.output}
             yield from (value.name for value in graph.output if value.name not in own)
-            yield from (name for inner in graph.node for name in _reads(inner) if name not in own)
+            yield from (name for inner in graph.node for name in reads(inner) if name not in own)
 
 
-def _called(model: onnx.ModelProto) -> set[tuple[str, str, str]]:
+def called(model: onnx.ModelProto) -> set[tuple[str, str, str]]:
     """Functions that a graph's nodes call, and those that these call."""
     functions = {(f.domain, f.name, f.overload): f for f in model.functions}
     found: set[tuple[str, str, str]] = set()

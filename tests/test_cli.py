@@ -83,6 +83,23 @@ SURFACE = {
     "export": (["model"], EXPORT),
     "engine": (["bundle"], [*ENGINE, "--refit-from", "--json", "--quiet", "-q"]),
     "verify": (["bundle"], ["--checkpoint", "--decode", "--device", "--json", "--quiet", "-q"]),
+    "bisect": (
+        ["subject"],
+        [
+            "--against",
+            "--engine",
+            "--checkpoint",
+            "--prompt",
+            "--inputs",
+            "--seed",
+            "--out",
+            "-o",
+            "--replay",
+            "--json",
+            "--quiet",
+            "-q",
+        ],
+    ),
     "eval": (
         ["model"],
         [

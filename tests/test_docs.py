@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.is_file()]
 FENCE = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 #: Verbs that read a model, which has to be in the repository or made by a command above it.
-NEEDS = {"build", "export", "inspect", "verify", "run", "engine", "package"}
+NEEDS = {"bisect", "build", "export", "inspect", "verify", "run", "engine", "package"}
 
 
 def commands(text: str) -> list[list[str]]:

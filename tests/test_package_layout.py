@@ -49,7 +49,9 @@ MAY_IMPORT = {
     "opened": {"checkpoint", "engram", "package"},
     "building": {"opened", "calibrate", "checkpoint", "graphs", "engine", "package", "plan", "runtime", "verify"},
     "bundles": {"chat", "cpp", "package", "runtime", "serve"},
+    "bisect": {"building", "checkpoint", "graphs", "opened", "package", "runtime", "verify"},
     "api": {
+        "bisect",
         "opened",
         "building",
         "bundles",
@@ -62,10 +64,11 @@ MAY_IMPORT = {
         "verify",
     },
     "cpp": {"checkpoint", "engine", "engram", "graphs", "package", "runtime"},
+    "cli_bisect": {"cli_options", "api"},
     "cli_options": set(),
     "cli_package": {"cli_options", "api", "serve"},
     "cli_scale": {"cli_options", "api", "show_scale"},
-    "cli": {"cli_options", "cli_package", "cli_scale", "api", "show", "engine", "verify", "package"},
+    "cli": {"cli_bisect", "cli_options", "cli_package", "cli_scale", "api", "show", "engine", "verify", "package"},
 }
 PROJECT = ROOT / "pyproject.toml"
 LATE = {"torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "transformers", "polygraphy"}

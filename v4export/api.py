@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from v4export import presets
+from v4export.bisect import verb as bisecting
+from v4export.bisect.asked import Asked
+from v4export.bisect.case import Replayed, replay
+from v4export.bisect.result import Bisection
 from v4export.building import Built, build, engine, export, recipe_for, verified
 from v4export.bundles import package, package_cpp, run
 from v4export.calibrate import verb as calibration
@@ -41,9 +45,12 @@ from v4export.verify.boundary import Boundary
 from v4export.verify.verification import Verification
 
 __all__ = [
+    "Bisection",
     "Built",
     "Inspection",
+    "Replayed",
     "bench",
+    "bisect",
     "build",
     "calibrate",
     "costs",
@@ -58,6 +65,7 @@ __all__ = [
     "plan",
     "preset_names",
     "recipe_for",
+    "replay",
     "run",
     "simulate",
     "synth",
@@ -238,6 +246,41 @@ def verify(
     words = token_map_of(bundle.config, opened.directory)
     how = {"token_map": words, "device": device, "prompts": prompts, "decode": decode}
     return verified(bundle, account, stages, on_boundary, **how)
+
+
+def bisect(
+    subject: str | Path,
+    *,
+    against: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    prompt: str | None = None,
+    inputs: str | Path | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    engine: bool = False,
+    stages: Stages | None = None,
+) -> Bisection:
+    """Find the first layer, then the first node, at which two executions part.
+
+    Args:
+        subject: a bundle, or an ONNX file.
+        against: the reference, a bundle or an ONNX file; a bundle's checkpoint as PyTorch defines it, unless given.
+        checkpoint: where a bundle's is now, if it has moved.
+        prompt: text to run; built-in text unless given.
+        inputs: ``.npz`` of inputs by name, for ONNX files; of the seed unless given.
+        seed: of tokens and inputs that are random.
+        out: folder to make of the smallest case that shows it, which appears whole or not at all.
+        engine: compare what TensorRT makes of the graph, in pieces, with what onnxruntime does.
+        stages: shows progress.
+
+    Raises:
+        BadInput: something is no bundle or graph, or the two do not go together.
+        NotSupported: the reference cannot be run here.
+    """
+    paths = (None if path is None else Path(path) for path in (against, checkpoint, inputs, out))
+    other, moved, fed, made = paths
+    asked = Asked(other, moved, prompt, fed, seed, made, engine)
+    return bisecting.bisect(Path(subject), asked, stages or Stages(quiet=True))
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from v4export import cli_package, cli_scale, show
+from v4export import cli_bisect, cli_package, cli_scale, show
 from v4export.cli_options import (
     batch_option,
     executor_options,
@@ -423,7 +423,7 @@ def doctor(ops: bool, recipes: bool, as_json: bool) -> None:
     print_result(as_json, findings, show.findings(findings))
 
 
-for _command_elsewhere in (cli_scale.plan, cli_scale.bench, cli_package.package):
+for _command_elsewhere in (cli_bisect.bisect, cli_scale.plan, cli_scale.bench, cli_package.package):
     cli.add_command(_command_elsewhere)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from corruptions import Case, Damage, Damaged
+from corruptions import Case, Damage
 from corruptions_v4 import constant
+from damaged import Damaged
 from onnx import helper
 
 LAYER = 1

@@ -9,27 +9,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-from corruptions import Case, Damage, Damaged
+from corruptions import Case, Damage
+from damaged import Damaged
 from onnx import helper, numpy_helper
 
-from v4export.graphs.stamp import portable_bodies
-
 HALVES, WIDTH = 2, 32  # of an entry of the model that is damaged
-
-
-def rebuild(d: Damaged) -> None:
-    """Make the bodies of custom ops again from their nodes."""
-    model = ir.from_proto(d.model)
-    functions = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10, functions=portable_bodies(list(model.graph)))
-    del d.model.functions[:]
-    d.model.functions.extend(ir.to_proto(functions).functions)
 
 
 def attribute(op_type: str, name: str, value: float) -> Damage:
     def damage(d: Damaged) -> None:
         assert d.set_attribute(op_type, name, value)
-        rebuild(d)
+        d.rebuild()
 
     return damage
 

@@ -8,7 +8,8 @@ import sys
 
 import corruptions_v4
 import pytest
-from corruptions import CASES, Damaged, top_k
+from corruptions import CASES, top_k
+from damaged import Damaged
 from eager import EagerExecutor
 
 from v4export import api
@@ -145,7 +146,7 @@ def test_another_number_of_experts(exported, tmp_path, precision, count):
             api.verify(damaged.folder, decode=2)
         return
     found = api.verify(damaged.folder, decode=2)
-    bad = [b for b in found.boundaries if not b.ok]
+    bad = [b for b in found.boundaries if not b.ok and b.name != "weights"]
     assert bad[0].name == "layer 1 routed" and f"sequence 0, {count} experts taken for a token, not 4" in bad[0].notes
 
 
@@ -185,4 +186,4 @@ def test_a_wrong_body_fails_though_the_fast_copy_is_sound(exported, tmp_path, pr
     damaged.save_portable()
     found = api.verify(damaged.folder, decode=2)
     bad = [b for b in found.boundaries if not b.ok]
-    assert found.bodies and bad[0].name == "layer 1 routed"
+    assert found.bodies and [b.name for b in bad[:2]] == ["weights", "layer 1 routed"]

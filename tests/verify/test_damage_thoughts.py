@@ -13,8 +13,8 @@ from unittest import mock
 
 import onnx
 import pytest
-from corruptions import Damage, Damaged, embedding_shifted
-from corruptions_v4 import rebuild
+from corruptions import Damage, embedding_shifted
+from damaged import Damaged
 from eager import EagerExecutor
 from onnx import helper
 from traced import export_bundle
@@ -103,7 +103,7 @@ def softmax_scale(factor: float) -> Damage:
     def damage(d: Damaged) -> None:
         scale = next(a.f for a in one_of(d, "ThoughtAttention").attribute if a.name == "scale")
         assert d.set_attribute("ThoughtAttention", "scale", factor * scale)
-        rebuild(d)
+        d.rebuild()
 
     return damage
 

@@ -12,7 +12,7 @@ import literal_rows
 import numpy as np
 import pytest
 import torch
-from corruptions import Damaged
+from damaged import Damaged
 from eager import EagerExecutor
 from traced import export_bundle
 

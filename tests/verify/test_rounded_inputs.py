@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from corruptions import Damaged
+from damaged import Damaged
 from traced import export_bundle
 
 from v4export import api

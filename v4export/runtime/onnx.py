@@ -17,7 +17,7 @@ from v4export.precision import Precision
 from v4export.runtime.executing import GraphExecutor, advance
 from v4export.runtime.generate import Coming
 from v4export.runtime.ranks import session
-from v4export.runtime.sessions import Running, Session
+from v4export.runtime.sessions import OnRun, Running, Session
 from v4export.runtime.state import State
 from v4export.runtime.thinking import Thinker
 from v4export.state_contract import state_tensors
@@ -39,6 +39,7 @@ class OnnxExecutor(GraphExecutor):
         thought_taps: let thoughts also return the hidden states after each of their layers.
         accuracy_level: 0 multiplies integer matrices by activations as they are; 4 by activations in eight bits.
         sharding: how the bundle's model is shared among ranks, which all run here unless torchrun started each.
+        on_run: told the name of each graph that is about to run, and its inputs by name.
 
     Attributes:
         tapped: the tapped values of the last step, and what was looked up for it.
@@ -61,9 +62,10 @@ class OnnxExecutor(GraphExecutor):
         thought_taps: bool = False,
         accuracy_level: int = 0,
         sharding: Sharding | None = None,
+        on_run: OnRun | None = None,
     ) -> None:
         super().__init__(folder, config, precision, max_seq_len)
-        how = Running(folder, device, threads, prepack, bodies, accuracy_level)
+        how = Running(folder, device, threads, prepack, bodies, accuracy_level, on_run=on_run)
         layers = range(config.state_layers)
         rows = {new_state_name(layer, t.name) for layer in layers for t in state_tensors(config, layer)}
         self._row_taps = [name for name in taps if name in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ _PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 _NOWHERE = np.zeros(1, np.int64)
 
 
+OnRun = Callable[[str, Mapping[str, np.ndarray]], None]
+
+
 @dataclass(frozen=True)
 class Running:
     """How the graphs of a bundle are run.
@@ -47,6 +50,8 @@ class Running:
         bodies: on a CPU, run the portable graphs' own bodies in place of the fast copies.
         accuracy_level: of products with integer matrices in the fast copies, by onnxruntime's numbers: 0 multiplies
             activations as they are, 4 rounds them to eight bits, which is faster and takes ``prepack``.
+        log: least severity that onnxruntime's own log tells; 4 keeps even why a graph cannot run to the error raised.
+        on_run: told the name of each graph that is about to run, and its inputs by name, which may be overwritten then.
     """
 
     folder: Path
@@ -55,6 +60,8 @@ class Running:
     prepack: bool = True
     bodies: bool = False
     accuracy_level: int = 0
+    log: int = 3
+    on_run: OnRun | None = None
 
 
 class Session:
@@ -72,6 +79,7 @@ class Session:
 
     def __init__(self, how: Running, graph: str | onnx.ModelProto, taps: Sequence[str] = ()) -> None:
         self._folder, self._taps = how.folder, tuple(taps)
+        self._name, self._on_run = graph if isinstance(graph, str) else "", how.on_run
         model = graph_to_run(how, graph) if isinstance(graph, str) else graph
         self.returns = [value.name for value in model.graph.output]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
@@ -88,6 +96,8 @@ class Session:
             outputs: where it is to write, by name.
             fetched: outputs to be returned, besides the taps.
         """
+        if self._on_run:
+            self._on_run(self._name, {name: array for name, array in inputs.items() if name in self.reads})
         binding = self._session.io_binding()
         for name, array in inputs.items():
             if name in self.reads:
@@ -151,7 +161,7 @@ def _session(how: Running, model: onnx.ModelProto) -> Any:
             "pip install 'v4export[gpu]' in place of v4export[cpu], on a machine with a GPU",
         )
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = how.log
     options.intra_op_num_threads = how.threads
     # The taps must reach the weights beside the file, so the folder is named and the graph given as bytes.
     settings = {**_EXACT, "session.model_external_initializers_file_folder_path": str(how.folder.resolve())}
@@ -189,7 +199,8 @@ def _explained(folder: Path) -> Iterator[None]:
         if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime."):
             raise
         text = str(error).strip().splitlines()[0]
-        if "alloc" in text:
+        # Not every message with "alloc" in it: that of a result of a wrong shape speaks of where it was to be put.
+        if "alloc" in text and "allocated" not in text:
             raise NotEnough(f"not enough memory to run {folder}", text, "use a machine with more") from error
         raise NotSupported(
             f"onnxruntime cannot run the graph of {folder}", text, "if the bundle is whole, please report this"

@@ -23,7 +23,7 @@ from v4export.model.load import fill
 from v4export.model.moe import MixtureOfExperts
 from v4export.model.reasoning import ThinkingHead
 from v4export.precision import Precision
-from v4export.state_contract import StateTensor, state_tensors
+from v4export.state_contract import StateTensor, may_skip_decoder, state_tensors
 from v4export.verify import tolerance
 from v4export.verify.boundary import Boundary, judge, relative, shown
 from v4export.verify.halves import Allowed, Errors, Watch, allowed, block_paths, enlarged
@@ -39,12 +39,14 @@ from v4export.verify.thoughts import ThoughtComparison, thought_boundaries
 def expected_boundaries(config: ModelConfig) -> int:
     """How many boundaries a verification has: weights, embedding, logits; of each layer its output and its state.
 
-    Where there are any, also of each layer what was looked up for it, shares of the streams, and what is thought.
+    Where there are any, also of each layer what was looked up for it, shares of the streams, and what is thought; and
+    what is left by tokens that do not pass a decoder.
     """
     shares = config.num_layers if config.hyper and config.hyper.single_pass else 0
     looked_up = sum(config.has_engram(layer) for layer in range(config.num_layers))
     return (
         3
+        + may_skip_decoder(config)
         + shares
         + looked_up
         + thought_boundaries(config)
@@ -131,18 +133,22 @@ class _Comparison:
 
     def _embedding(self) -> Boundary:
         embed, exact = self._pair(lambda: Embed(self.config))
-        found, wanted = [], []
-        for r in self.recordings:
+        found, wanted, wrong = [], [], []
+        for i, r in enumerate(self.recordings):
             # Tokens ahead of them have not passed the decoder.
             ids, start = torch.from_numpy(r.tokens)[None], torch.tensor([len(r.before)])
             hidden, shared = embed.shared(ids, start, start)
             wanted.append(hidden)
             found.append(torch.from_numpy(r.hidden[-1]))
+            # A norm behind them hides a factor of all shares.
+            if "pre" in shared and not torch.equal(torch.from_numpy(r.pre[-1]), shared["pre"]):
+                wrong.append(f"sequence {i}: the streams' shares in the first layer's input are others")
             self.shared.append(shared | {"hidden": found[-1]})
             free, shared = exact.shared(ids, start, start)
             self.free.append(shared | {"hidden": free})
         # A look-up computes nothing: not a bit may differ.
-        return judge("embedding", found, wanted, [w.norm(dim=-1) * 0 for w in wanted], "exact: a look-up")
+        none = [w.norm(dim=-1) * 0 for w in wanted]
+        return judge("embedding", found, wanted, none, "exact: a look-up").also(wrong=shown(wrong))
 
     def _layer(self, layer: int) -> Iterator[Boundary]:
         c, p = self.config, self.precision

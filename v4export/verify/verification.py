@@ -17,14 +17,17 @@ from v4export.errors import NumbersDiffer
 from v4export.graphs.export import for_cpu, graphs_in
 from v4export.graphs.ranks import Plan, pieces
 from v4export.graphs.roundings import rounding_faults
-from v4export.package.bundle import Bundle
+from v4export.package.bundle import Bundle, versions
 from v4export.runtime.onnx import OnnxExecutor
+from v4export.verify.bodies import body_faults
 from v4export.verify.boundary import Boundary
 from v4export.verify.compare import compare
 from v4export.verify.looked_up import engram_faults
+from v4export.verify.norms import norm_faults
 from v4export.verify.prompts import LENGTHS, default_prompts
 from v4export.verify.recording import Recording, record, tap_names
 from v4export.verify.references import check_references
+from v4export.verify.remembering import remembered_rows
 
 #: Tokens of a prefill chunk while verifying: small, so that prompts take several; and odd, so that chunks begin at
 #: every place within a compressed entry.
@@ -121,14 +124,21 @@ def verify_bundle(
     executor = _executor(bundle, device, bodies=False)
     recordings = [r for batch in batches for r in record(executor, config, batch, chunk=CHUNK, decode=decode)]
     recordings += _past_the_decoder(executor, config, prompts, CHUNK, decode)
+    rows = _remembered(executor, bundle, prompts, CHUNK)
     bodies = device != "cpu" or (bodies_fit(bundle) and bundle.sharding is None)
     if device == "cpu" and bodies:
         executor = _executor(bundle, device, bodies=True)
         for batch in _for_bodies(config, prompts):
             recordings += record(executor, config, batch, chunk=BODIES_CHUNK, decode=min(decode, 2))
-        recordings += _past_the_decoder(executor, config, [max(prompts, key=len)[:12]], BODIES_CHUNK, min(decode, 2))
+        few = [max(prompts, key=len)[:12]]
+        recordings += _past_the_decoder(executor, config, few, BODIES_CHUNK, min(decode, 2))
+        rows += _remembered(executor, bundle, few, BODIES_CHUNK)
+    # Of both forms of the graph, what is wrong.
+    rows = sorted(rows, key=lambda one: one.ok)[:1]
+    for one in rows:
+        advance(one)
     boundaries = compare(weights, config, bundle.precision, recordings, advance, token_map, scales)
-    return Verification(device, tuple(map(len, prompts)), decode, (references, *boundaries), bodies)
+    return Verification(device, tuple(map(len, prompts)), decode, (references, *rows, *boundaries), bodies)
 
 
 def _past_the_decoder(
@@ -139,6 +149,14 @@ def _past_the_decoder(
     if executor.tail is None or len(longest) < 2:
         return []
     return record(executor, config, [longest], chunk=chunk, decode=decode, remembered=len(longest) // 2)
+
+
+def _remembered(executor: OnnxExecutor, bundle: Bundle, prompts: Sequence[Sequence[int]], chunk: int) -> list[Boundary]:
+    """Rows that are left without passing the decoder, of a model with one."""
+    longest = max(prompts, key=len)
+    if executor.tail is None or len(longest) < 2:
+        return []
+    return [remembered_rows(executor, bundle.config, bundle.precision, longest[: len(longest) // 2], chunk)]
 
 
 def _for_bodies(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
@@ -198,8 +216,18 @@ def _references(
     for name in graphs_in(bundle.folder) if bundle.precision.inputs else ():
         both = (ir.load(bundle.folder / file) for file in (name, for_cpu(name)))
         wrong += tuple(f"{name}: {fault}" for fault in rounding_faults(*both, bundle.config, bundle.precision))
+    for name in names:
+        wrong += tuple(f"{name}: {fault}" for fault in norm_faults(ir.load(bundle.folder / name), bundle.config))
+    if _same_writer(bundle):
+        wrong += tuple(f"{name}: {fault}" for name in names for fault in body_faults(ir.load(bundle.folder / name)))
     if engram and token_map is not None:
         wrong += engram_faults(bundle.folder, engram, weights, token_map)
     derivation = f"exact: {found.count} references to weights compared with the checkpoint, "
     derivation += f"{found.converted} converted again"
     return Boundary("weights", not wrong, 0.0, 0.0, 0.0, 1.0, derivation, notes=wrong[:5])
+
+
+def _same_writer(bundle: Bundle) -> bool:
+    """Whether the bundle's bodies were written by what is installed; another version may word the same otherwise."""
+    then, now = bundle.manifest.get("versions"), versions()
+    return then is None or all(then.get(name) == now.get(name) for name in ("v4export", "onnx-ir"))

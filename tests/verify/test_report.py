@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 def facts():
     return {
-        "precision": "bf16", "max_seq_len": 512, "command": f"v4export build {HOSTILE}", "layers": 3,
+        "precision": "bf16", "max_seq_len": 512, "command": f"v4export build {HOSTILE}",
         "checkpoint": {"path": f"/{HOSTILE}", "header_sha256": "0123456789abcdef0123"},
         "audit": {"summary": "201 tensors used", "skipped_tensors": {"a": HOSTILE, "b": "left out layers"}},
         "graphs": SimpleNamespace(nodes=9, cpu_nodes=12, pointed_bytes=1 << 20, written_bytes=0, lint=LINT),

@@ -52,9 +52,9 @@ def write_report(
         "costs": costs,
     }
     (folder / JSON).write_text(to_json(content) + "\n")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        Path(__file__).with_name("report.jinja").read_text()
-    )
+    page = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    ).from_string(Path(__file__).with_name("report.jinja").read_text())
     boundaries = verification.boundaries if verification else ()
     (folder / HTML).write_text(
         page.render(

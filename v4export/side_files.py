@@ -1,13 +1,18 @@
-"""Files beside a checkpoint's weights, of a tokenizer and its chat template, as strangers may have made them."""
+"""Files as strangers may have made them: which may be opened, how much of them is read, and JSON in them."""
 
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from v4export.errors import BadInput
+
+#: Most bytes that are read of a file that is parsed whole; safetensors has the same limit for its headers.
+MOST_BYTES = 100_000_000
 
 
 def file_of(directory: Path, name: str) -> Path | None:
@@ -26,6 +31,30 @@ def file_of(directory: Path, name: str) -> Path | None:
     return path
 
 
+def is_inside(name: Any) -> bool:
+    """Whether a path that a file gives names something in the file's own folder."""
+    parts = PurePosixPath(name).parts if isinstance(name, str) and "\0" not in name else ()
+    return bool(parts) and parts[0] != "/" and ".." not in parts
+
+
+def read(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a regular file; nothing waits for a pipe, and no more is read than may be there.
+
+    Raises:
+        BadInput: it is no regular file, or too large.
+        OSError: it cannot be read.
+    """
+    # Opening a pipe waits for a writer, unless told not to.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BadInput(f"{path} is not a regular file", fix="put the file itself there")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise BadInput(f"{path} is too large to be what its name says", f"over {most} bytes", "download it again")
+    return data
+
+
 def parsed(path: Path, parse: Callable[[bytes], Any]) -> Any:
     """What ``parse`` makes of a file.
 
@@ -33,9 +62,26 @@ def parsed(path: Path, parse: Callable[[bytes], Any]) -> Any:
         BadInput: it makes nothing of it.
     """
     try:
-        return parse(path.read_bytes())
-    except Exception as error:  # the tokenizers library raises bare Exception
+        return parse(read(path))
+    except BadInput:
+        raise
+    except BaseException as error:
+        # The tokenizers library raises bare Exception, and what is none where a fault of its own is met in Rust.
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
         raise BadInput(f"{path} is not what its name says", str(error), "download the file again") from None
+
+
+def json_value(data: bytes, **how: Any) -> Any:
+    """The value that JSON in UTF-8 has; ``how`` goes to ``json.loads``.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(data.decode("utf-8"), **how)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def json_object(data: bytes) -> dict[str, Any]:
@@ -44,7 +90,7 @@ def json_object(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is none.
     """
-    value = json.loads(data)
+    value = json_value(data)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     return value

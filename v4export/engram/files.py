@@ -24,6 +24,7 @@ from v4export.engram.feed import EngramFeed
 from v4export.engram.hashing import Hasher
 from v4export.engram.table import Table, check_pair
 from v4export.errors import BadInput
+from v4export.side_files import json_value, read
 
 DESCRIPTION, MAP = "engram.json", "engram.map"
 _FORMAT = 1
@@ -54,8 +55,8 @@ class EngramFiles:
                 or hashes do not fit together.
         """
         try:
-            return _read(folder, json.loads((folder / DESCRIPTION).read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return _read(folder, json_value(read(_inside(folder, DESCRIPTION))))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(
                 f"{folder / DESCRIPTION} is not whole",
                 f"{type(error).__name__}: {error}",

@@ -79,7 +79,7 @@ ENGINE = [
 #: What scripts rely on: verb -> arguments, options.
 EXECUTOR = ["--executor", "--cuda-graphs", "--no-cuda-graphs"]
 SURFACE = {
-    "build": (["model"], [*EXPORT, *ENGINE, "--no-engine", "--no-verify", "--device"]),
+    "build": (["model"], [*EXPORT, *ENGINE, "--no-engine", "--no-verify", "--device", "--from"]),
     "export": (["model"], EXPORT),
     "engine": (["bundle"], [*ENGINE, "--refit-from", "--json", "--quiet", "-q"]),
     "verify": (["bundle"], ["--checkpoint", "--decode", "--device", "--json", "--quiet", "-q"]),

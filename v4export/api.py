@@ -34,6 +34,7 @@ from v4export.plan import verb as planning
 from v4export.plan.devices import named_device
 from v4export.plan.simulate import Simulation
 from v4export.progress import Stages
+from v4export.repeating import Repeated, repeat
 from v4export.runtime.executors import ONNXRUNTIME, Choice
 from v4export.runtime.speed import Speed, measure
 from v4export.state_contract import bytes_per_token, fixed_bytes
@@ -43,6 +44,7 @@ from v4export.verify.verification import Verification
 __all__ = [
     "Built",
     "Inspection",
+    "Repeated",
     "bench",
     "build",
     "calibrate",
@@ -58,6 +60,7 @@ __all__ = [
     "plan",
     "preset_names",
     "recipe_for",
+    "repeat",
     "run",
     "simulate",
     "synth",

@@ -87,8 +87,6 @@ _device = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="
 _out = click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 
 _export_options = options(
-    click.argument("model"),
-    _out,
     model_options,
     click.option(
         "--calibrate",
@@ -162,20 +160,63 @@ def cli() -> None:
 
 
 @cli.command()
+@click.argument("model", required=False)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to make.")
+@click.option(
+    "--from",
+    "manifest",
+    metavar="OUT/v4export.json",
+    type=click.Path(path_type=Path),
+    help="Repeat that build, with its options; MODEL, if its checkpoint has moved.  [default OUT: OUT.again]",
+)
 @_export_options
 @_engine_options
 @click.option("--no-engine", is_flag=True, help="Stop after the graph is verified.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the graph with the PyTorch definition.")
 @_device
-def build(as_json: bool, quiet: bool, verbose: bool, no_engine: bool, no_verify: bool, **given: Any) -> None:
+@click.pass_context
+def build(
+    ctx: click.Context,
+    manifest: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    no_engine: bool,
+    no_verify: bool,
+    **given: Any,
+) -> None:
     """Audit, export, verify, build the engine, and write a report: the whole way from MODEL to a bundle.
 
     MODEL is a Hugging Face checkpoint directory. OUT appears whole, or not at all. What is finished of a build that was
     stopped, or that met a full disk, is kept: the same command with --resume goes on with it.
     """
     from v4export import api
+    from v4export.package.bundle import MANIFEST, Bundle
 
-    start, asked, shared = time.monotonic(), _engine(given), _shared(given)
+    start = time.monotonic()
+    how: dict[str, Any] = {
+        "stages": Stages(quiet=quiet),
+        "on_line": _log if verbose else None,
+        "command": _command(),
+    }
+    if manifest:
+        _check_repeats(ctx)
+        first = Bundle.open(manifest.parent if manifest.name == MANIFEST else manifest)
+        found = api.repeat(
+            first,
+            given["out"],
+            model=given["model"],
+            force=given["force"],
+            resume=given["resume"],
+            on_boundary=_print_boundary(as_json, first.precision.name),
+            **how,
+        )
+        print_result(as_json, found, show.repeated(found, time.monotonic() - start, _command()))
+        return found.check()
+    for name in ("model", "out"):
+        if given[name] is None:
+            raise click.MissingParameter(ctx=ctx, param=next(p for p in ctx.command.params if p.name == name))
+    asked, shared = _engine(given), _shared(given)
     engine = None if no_engine else asked
     shown = api.recipe_for(given["model"], given["precision"], engine)[0]
     try:
@@ -184,10 +225,8 @@ def build(as_json: bool, quiet: bool, verbose: bool, no_engine: bool, no_verify:
             given.pop("out"),
             engine=engine,
             verify=not no_verify,
-            stages=Stages(quiet=quiet),
             on_boundary=_print_boundary(as_json, shown),
-            on_line=_log if verbose else None,
-            command=_command(),
+            **how,
             **shared,
             **given,
         )
@@ -200,6 +239,8 @@ def build(as_json: bool, quiet: bool, verbose: bool, no_engine: bool, no_verify:
 
 
 @cli.command()
+@click.argument("model")
+@_out
 @_export_options
 def export(as_json: bool, quiet: bool, **given: Any) -> None:
     """Audit and export only: MODEL becomes OUT/model.onnx, with its weights."""
@@ -425,6 +466,25 @@ def doctor(ops: bool, recipes: bool, as_json: bool) -> None:
 
 for _command_elsewhere in (cli_scale.plan, cli_scale.bench, cli_package.package):
     cli.add_command(_command_elsewhere)
+
+
+#: What may be given beside ``--from``, which has all other options from the first build.
+_REPEATED = ("model", "out", "manifest", "force", "resume", "as_json", "quiet", "verbose")
+
+
+def _check_repeats(ctx: click.Context) -> None:
+    given = [
+        max(param.opts, key=len)
+        for param in ctx.command.params
+        if param.name not in _REPEATED
+        and ctx.get_parameter_source(param.name or "") is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise BadInput(
+            "--from has all options from the build that it repeats",
+            f"given beside it: {', '.join(given)}",
+            "leave them out, or build without --from",
+        )
 
 
 def _print_boundary(as_json: bool, precision: str) -> Callable[[Any], None]:

@@ -26,6 +26,12 @@ class NumbersDiffer(V4Error):
     summary = ""
 
 
+class BuildsDiffer(V4Error):
+    """A build that was repeated left something else."""
+
+    exit_code = 1
+
+
 class BadInput(V4Error):
     """A path, option, configuration or checkpoint is not what it has to be."""
 

@@ -73,13 +73,16 @@ def parsed(path: Path, parse: Callable[[bytes], Any]) -> Any:
 
 
 def json_value(data: bytes, **how: Any) -> Any:
-    """The value that JSON in UTF-8 has; ``how`` goes to ``json.loads``.
+    """The value that JSON in UTF-8 has, whose strings are UTF-8 as well; ``how`` goes to ``json.loads``.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply.
+        ValueError: it is no JSON, or nested too deeply, or a string has half a UTF-16 pair.
     """
     try:
-        return json.loads(data.decode("utf-8"), **how)
+        value = json.loads(data.decode("utf-8"), **how)
+        if b"\\u" in data:  # by escapes alone can there be half a pair
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

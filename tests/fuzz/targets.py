@@ -192,6 +192,10 @@ def _small_tokenizer(model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _sequence(name: str, kind: int) -> dict[str, Any]:
+    return {"Sequence": {"id": name, "type_id": kind}}
+
+
 def _tokenizer_seeds() -> list[bytes]:
     words = {word: i for i, word in enumerate(("<s>", "</s>", "a", "b", "c", "ab", "Ġ"))}
     models: list[dict[str, Any]] = [
@@ -211,11 +215,13 @@ def _tokenizer_seeds() -> list[bytes]:
         },
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "StripAccents"}]},
         "decoder": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always"},
-        "post_processor": {"type": "TemplateProcessing",
-                           "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                           "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-                           "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
-    }  # fmt: skip
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, _sequence("A", 0)],
+            "pair": [_sequence("A", 0), _sequence("B", 1)],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+        },
+    }
     reserved = {"added_tokens_decoder": {"256": {"content": "[BOS]", "special": True}}, "bos_token": "[BOS]"}
     ranks = b"\n".join(base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256))
     return [*made, b"J" + json.dumps(split).encode(), b"C" + json.dumps(_SMALL_CONFIG).encode(), b"T" + ranks,
@@ -226,13 +232,12 @@ def _tokenizer(case: bytes) -> None:
     folder = _home() / "tokenizer"
     if not folder.is_dir():
         folder.mkdir()
-    own = {"tokenizer.json": _tokenizer_seeds()[0][1:], "tokenizer_config.json": json.dumps(_SMALL_CONFIG).encode()}
+    own = dict(_own_files())
     kind = dict(_TOKENIZER_FILES).get(case[:1], "tokenizer.json")
     if kind == "tiktoken.model":
         own.pop("tokenizer.json")
     for _, name in _TOKENIZER_FILES:
-        content = case[1:] if name == kind else own.get(name)
-        (folder / name).write_bytes(content) if content is not None else (folder / name).unlink(missing_ok=True)
+        _put(folder / name, case[1:] if name == kind else own.get(name))
     settings = None
     try:
         settings = ChatTemplate.find(folder, _model())
@@ -243,6 +248,22 @@ def _tokenizer(case: bytes) -> None:
         stream = tokenizer.stream()
         "".join([*map(stream.push, [*ids, 0, 1, 2, 300, tokenizer.vocab_size]), stream.flush()])
     assert settings is None or isinstance(settings.text, str)
+
+
+@cache
+def _own_files() -> dict[str, bytes]:
+    config = json.dumps(_SMALL_CONFIG).encode()
+    return {"tokenizer.json": _tokenizer_seeds()[0][1:], "tokenizer_config.json": config}
+
+
+_there: dict[Path, bytes | None] = {}
+
+
+def _put(file: Path, content: bytes | None) -> None:
+    """Write a file, or remove it, unless it is so already: most files stay from case to case."""
+    if file not in _there or _there[file] != content:
+        file.write_bytes(content) if content is not None else file.unlink(missing_ok=True)
+        _there[file] = content
 
 
 @cache
@@ -362,7 +383,9 @@ def _engram(case: bytes) -> None:
         (folder / "engram.map").write_bytes(_MAP)
     (folder / "engram.json").write_bytes(case)
     found = EngramFiles.read(folder)
-    found.hasher.rows([[0, 1, 2]]) if hasattr(found.hasher, "rows") else None
+    rows, _ = found.hasher.rows([[0, 1, 3]], found.hasher.empty_history(1))
+    for layer, found_rows in rows.items():
+        assert (found_rows >= 0).all() and (found_rows < found.hasher.layers[layer].rows).all()
 
 
 _MAP = b"".join(i.to_bytes(4, "little") for i in (0, 1, 1, 2))

@@ -26,6 +26,15 @@ from v4export.side_files import file_of, json_object, read
 
 MANIFEST = "v4export.json"
 _FORMAT = 1
+#: What ``write_manifest`` adds to the facts.
+WRITTEN = ("format", "versions", "files", "varies")
+#: What two builds of the same cannot have in common, by how a file's name ends.
+_VARIES = {
+    "report.json": "seconds and memory of the stages",
+    "report.html": "seconds and memory of the stages",
+    ".engine": "TensorRT chooses by measured times, and may write when it was built",
+}
+_OWN = "seconds and memory of the stages, the command, and hashes of the files that vary"
 _PACKAGES = (
     "v4export",
     "torch",
@@ -143,7 +152,8 @@ def write_manifest(
     linked: frozenset[str] = frozenset(),
     known: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write ``v4export.json``: ``facts``, the versions of what was used, and a hash of every other file.
+    """Write ``v4export.json``: ``facts``, the versions of what was used, a hash of every other file, and which files
+    another build of the same need not leave alike.
 
     Args:
         folder: the bundle being built.
@@ -152,7 +162,9 @@ def write_manifest(
             the checkpoint's header hash, so only their size is recorded.
         known: sha256 of files, by name, that need not be read once more.
     """
-    manifest = {"format": _FORMAT, **facts, "versions": versions(), "files": file_facts(folder, linked, known)}
+    files = file_facts(folder, linked, known)
+    varies = {name: why for name in files for end, why in _VARIES.items() if name.endswith(end)} | {MANIFEST: _OWN}
+    manifest = {"format": _FORMAT, **facts, "versions": versions(), "files": files, "varies": varies}
     (folder / MANIFEST).write_text(to_json(manifest) + "\n")
 
 

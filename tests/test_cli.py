@@ -77,7 +77,7 @@ ENGINE = [
     "--verbose",
 ]
 #: What scripts rely on: verb -> arguments, options.
-EXECUTOR = ["--executor", "--cuda-graphs", "--no-cuda-graphs"]
+EXECUTOR = ["--executor", "--cuda-graphs", "--no-cuda-graphs", "--no-check"]
 SURFACE = {
     "build": (["model"], [*EXPORT, *ENGINE, "--no-engine", "--no-verify", "--device", "--from"]),
     "export": (["model"], EXPORT),

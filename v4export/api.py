@@ -134,6 +134,7 @@ def bench(
     device: str = "cpu",
     executor: str = ONNXRUNTIME,
     cuda_graphs: bool = True,
+    check_files: bool = True,
     stages: Stages | None = None,
 ) -> Speed:
     """Measure a bundle on this machine: random prompts, and the likeliest tokens after them; executors as of ``run``.
@@ -141,7 +142,7 @@ def bench(
     Raises:
         BadInput: it is no bundle, or holds fewer tokens.
     """
-    bundle = Bundle.open(Path(folder))
+    bundle = Bundle.open(Path(folder)).checked(check_files)
     if device not in ("cpu", "cuda"):
         raise BadInput(f"--device {device} is not here to be measured", fix="give cpu or cuda, or --simulate N")
     opened = Choice(executor, device, threads, cuda_graphs=cuda_graphs).open(bundle)

@@ -294,6 +294,8 @@ def engine(
     """
     bundle = Bundle.open(Path(folder))
     bundle.check_files()
+    if options.refit_from:
+        Bundle.open(options.refit_from).check_files()
     engines = _engines(bundle, options, stages or Stages(quiet=True), on_line, Units(bundle.folder))
     facts = {k: v for k, v in bundle.manifest.items() if k not in WRITTEN}
     facts |= {"engines": engines, "asked": {**facts.get("asked", {}), "engine": options}}

@@ -25,11 +25,12 @@ from v4export.cli_options import (
     options,
     print_result,
     quiet_option,
+    refuse_beside,
     sharding_options,
     target_option,
 )
 from v4export.config.chosen import AUTO, FP8
-from v4export.errors import BadInput, NotEnough, NumbersDiffer, V4Error
+from v4export.errors import BadInput, NotEnough, NumbersDiffer, V4Error, broken
 from v4export.precision import format_rows, recipe_rows
 from v4export.progress import Stages
 
@@ -59,6 +60,8 @@ def main() -> NoReturn:
         cause = stop.__cause__ or stop
         kept = hasattr(cause, "__notes__")
         _fail(_with_notes("interrupted" if kept else "interrupted; nothing was left behind", cause), 130)
+    except OSError as error:
+        _fail(_with_notes(str(broken(error)), error), broken(error).exit_code)
     except MemoryError as error:
         short = NotEnough("this machine's memory does not suffice", fix="use a machine with more, or --layers 0:N")
         _fail(_with_notes(str(short), error), short.exit_code)
@@ -129,6 +132,8 @@ _engine_options = options(
     click.option("--maxShapes", "max_shapes", metavar="NAME:AxB,.."),
     click.option("-v", "--verbose", is_flag=True, help="TensorRT's log, too, on stderr."),
 )
+#: What may be given beside ``--from``.
+_REPEATED = ("model", "out", "manifest", "force", "resume", "as_json", "quiet", "verbose")
 _ENGINE_NAMES = (
     *("targets", "backend", "max_batch", "max_chunk", "workspace_gib", "plugins"),
     *("weight_streaming", "refit"),
@@ -200,7 +205,7 @@ def build(
         "command": _command(),
     }
     if manifest:
-        _check_repeats(ctx)
+        refuse_beside(ctx, _REPEATED, "--from has all options from the build that it repeats", "leave them out")
         first = Bundle.open(manifest.parent if manifest.name == MANIFEST else manifest)
         found = api.repeat(
             first,
@@ -466,25 +471,6 @@ def doctor(ops: bool, recipes: bool, as_json: bool) -> None:
 
 for _command_elsewhere in (cli_scale.plan, cli_scale.bench, cli_package.package):
     cli.add_command(_command_elsewhere)
-
-
-#: What may be given beside ``--from``, which has all other options from the first build.
-_REPEATED = ("model", "out", "manifest", "force", "resume", "as_json", "quiet", "verbose")
-
-
-def _check_repeats(ctx: click.Context) -> None:
-    given = [
-        max(param.opts, key=len)
-        for param in ctx.command.params
-        if param.name not in _REPEATED
-        and ctx.get_parameter_source(param.name or "") is click.core.ParameterSource.COMMANDLINE
-    ]
-    if given:
-        raise BadInput(
-            "--from has all options from the build that it repeats",
-            f"given beside it: {', '.join(given)}",
-            "leave them out, or build without --from",
-        )
 
 
 def _print_boundary(as_json: bool, precision: str) -> Callable[[Any], None]:

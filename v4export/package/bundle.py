@@ -106,6 +106,12 @@ class Bundle:
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{folder / MANIFEST} is not whole", f"{error!r}", "build the bundle again") from error
 
+    def checked(self, check: bool = True) -> Bundle:
+        """Itself, once its files are checked; hashing a bundle takes as long as reading it, so users may forgo it."""
+        if check:
+            self.check_files()
+        return self
+
     def check_files(self) -> None:
         """Compare the files with the manifest's hashes; shards shared with the checkpoint by their size.
 

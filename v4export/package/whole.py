@@ -15,12 +15,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from v4export.errors import BadInput, NotEnough, NumbersDiffer
+from v4export.errors import FULL, BadInput, NotEnough, NumbersDiffer
 from v4export.package.bundle import MANIFEST
 from v4export.units import JOURNAL, synced
 
 LOCK, RESULT = "lock", "result"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: What file systems say that have no locks; builds there are not kept apart.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -94,7 +93,7 @@ def _check(out: Path, force: bool) -> None:
 
 def _full(out: Path, error: BaseException) -> NotEnough | None:
     """The error of a full disk, if that is what went wrong."""
-    if not isinstance(error, OSError) or error.errno not in _FULL:
+    if not isinstance(error, OSError) or error.errno not in FULL:
         return None
     left = f"{shutil.disk_usage(out.parent).free >> 20} MiB left ({error.strerror})"
     return NotEnough(f"the disk of {out.parent} is full", left, "free some, or choose another -o")

@@ -44,15 +44,18 @@ def read(path: Path, most: int = MOST_BYTES) -> bytes:
         BadInput: it is no regular file, or too large.
         OSError: it cannot be read.
     """
-    # Opening a pipe waits for a writer, unless told not to.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    with open(path, "rb", opener=_not_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise BadInput(f"{path} is not a regular file", fix="put the file itself there")
         data = file.read(most + 1)
     if len(data) > most:
         raise BadInput(f"{path} is too large to be what its name says", f"over {most} bytes", "download it again")
     return data
+
+
+def _not_waiting(name: str, flags: int) -> int:
+    """Opening a pipe waits for a writer, unless told not to."""
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def parsed(path: Path, parse: Callable[[bytes], Any]) -> Any:

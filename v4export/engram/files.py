@@ -167,6 +167,7 @@ def _hashes(entry: Any, order: int, heads: int, compressed: int) -> LayerHash:
     _demand(sizes == (order, (order - 1) * heads), f"{sizes} multipliers and primes for n-grams of 2 to {order} tokens")
     fits = all(number > 0 and number % 2 and number * (compressed - 1) < 2**63 for number in multipliers)
     _demand(fits, f"multipliers {multipliers} are not odd, or too large for {compressed} ids")
+    _demand(hashes.rows < 2**63, f"{hashes.rows} rows are more than can be numbered")
     _demand(list(hashes.offsets) == entry["offsets"], "offsets are not the sums of the primes before them")
     return hashes
 

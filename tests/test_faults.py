@@ -17,7 +17,7 @@ from stopping import Child, Stop, content, orphans
 
 from v4export import presets
 from v4export.checkpoint.synth import synth
-from v4export.package.bundle import Bundle
+from v4export.package.bundle import MANIFEST, Bundle
 
 COUNT, NEVER = Stop("count"), 1 << 30
 OPTIONS = ["--precision", "int4", "--keep", "bf16:*.self_attn.*", "--layers", "0:2", "--max-seq-len", 128]
@@ -26,7 +26,7 @@ BUILD = ["build", "hub", "-o", "out", *OPTIONS, "--no-engine"]
 COMMANDS = {
     "build": (BUILD, "out"),
     "synth": (["synth", "tiny-v3", "-o", "out"], "out"),
-    "calibrate": (["calibrate", "hub", "--text", "text", "-o", "out.safetensors", "--tokens", 64], "out.safetensors"),
+    "calibrate": (["calibrate", "hub", "--text", "text", "-o", "out.safetensors", "--tokens", 64, "--context", 32], "out.safetensors"),
     "package": (["package", "made", "--triton", "out"], "out"),
     "run": (["run", "made", "--prompt", "abc", "-n", 2], None),
     "verify": (["verify", "made", "--decode", 0], None),
@@ -79,6 +79,12 @@ def left(place):
     return {entry.name for entry in place.iterdir()} - KEPT
 
 
+def check(folder):
+    """Prove that the bundle in a folder, if one is, is whole."""
+    for manifest in folder.rglob(MANIFEST):
+        Bundle.open(manifest.parent).check_files()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("stage", COMMANDS)
@@ -96,6 +102,11 @@ def test_fault(place, traces, stage, fault):
         child = Child(place, traces, command, Stop(fault, max(1, round(share * events))))
         assert child.wait() == wanted.code, (stage, share, child.said)
         assert re.search(wanted.says, child.said) and "Traceback" not in child.said, child.said
+        if out == "out" and (place / out).exists():
+            # The fault came once all was done: OUT is whole, and nothing is there to be gone on with.
+            assert share == 1 and left(place) == {"out"}, (stage, share, child.said)
+            check(place / out)
+            continue
         assert left(place) <= wanted.left, (stage, share, child.said)
         assert (".out.partial" in left(place)) == ("go on with --resume" in child.said)
 

@@ -32,7 +32,7 @@ def whole_folder(
 
     What fails its verification is kept, as ``OUT.failed``. What can be gone on with is kept where it is when the build
     is stopped, or disk, memory or time do not suffice, or an earlier build has made some of it; a note of the error
-    says so.
+    says so; of an error that comes once ``out`` is in its place, that it is complete.
 
     Args:
         out: must not exist, unless ``force``.
@@ -52,6 +52,7 @@ def whole_folder(
     except OSError as error:
         raise _full(out, error) or BadInput(f"cannot write to {out.parent}", str(error), "choose another -o") from error
     kept = inherited = False
+    folder = None
     try:
         _check(out, force)  # another build may just have made it
         inherited = bool(resume and _rest(home))
@@ -60,6 +61,7 @@ def whole_folder(
         _sync(folder)
         _replace(folder, out)
     except NumbersDiffer as error:
+        assert folder is not None
         # What is wrong can only be found out by looking at it.
         failed = out.with_name(f"{out.name}.failed")
         if not failed.exists() or (failed / MANIFEST).is_file():
@@ -67,6 +69,9 @@ def whole_folder(
             error.args = (f"{error}\n  it is kept, with its report, as {failed}",)
         raise
     except BaseException as error:
+        if folder and not folder.exists():
+            error.add_note(f"{out} is complete")
+            raise
         full = _full(out, error)
         # What an earlier build has finished is not lost by a wrong option of a later one.
         stopped = resume is not None and (full is not None or _is_stopped(error))

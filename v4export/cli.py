@@ -218,9 +218,9 @@ def build(
         )
         print_result(as_json, found, show.repeated(found, time.monotonic() - start, _command()))
         return found.check()
-    for name in ("model", "out"):
+    for name, spelt in (("model", "argument 'MODEL'"), ("out", "option '-o' / '--out'")):
         if given[name] is None:
-            raise click.MissingParameter(ctx=ctx, param=next(p for p in ctx.command.params if p.name == name))
+            raise click.UsageError(f"Missing {spelt}.", ctx)
     asked, shared = _engine(given), _shared(given)
     engine = None if no_engine else asked
     shown = api.recipe_for(given["model"], given["precision"], engine)[0]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from v4export.errors import BadInput
+from v4export.errors import BadInput, V4Error
 
 #: Most bytes that are read of a file that is parsed whole; safetensors has the same limit for its headers.
 MOST_BYTES = 100_000_000
@@ -58,21 +59,29 @@ def _not_waiting(name: str, flags: int) -> int:
     return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+@contextlib.contextmanager
+def explained(what: str, fix: str) -> Iterator[None]:
+    """Whatever a library raises within is BadInput: tokenizers raises bare Exception, and what is none where it meets a
+    fault of its own in Rust.
+    """
+    try:
+        yield
+    except V4Error:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise BadInput(what, str(error), fix) from None
+
+
 def parsed(path: Path, parse: Callable[[bytes], Any]) -> Any:
     """What ``parse`` makes of a file.
 
     Raises:
         BadInput: it makes nothing of it.
     """
-    try:
+    with explained(f"{path} is not what its name says", "download the file again"):
         return parse(read(path))
-    except BadInput:
-        raise
-    except BaseException as error:
-        # The tokenizers library raises bare Exception, and what is none where a fault of its own is met in Rust.
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
-            raise
-        raise BadInput(f"{path} is not what its name says", str(error), "download the file again") from None
 
 
 def json_value(data: bytes, **how: Any) -> Any:

@@ -1,7 +1,7 @@
 """Fuzz readers, guided by coverage: ``python tests/fuzz/run.py READER.. [--cases N] [--keep]``; takes the extra fuzz.
 
-Cases that reach something new are collected in build/fuzz/READER; with ``--keep``, as few of them as cover the same are
-copied into tests/fuzz/corpus, which tests replay. A case that is a fault ends the run, and lies in build/fuzz.
+Cases that reach something new are collected in build/fuzz/READER; with ``--keep``, a few of them are copied into
+tests/fuzz/corpus, which tests replay. A case that is a fault ends the run, and lies in build/fuzz.
 """
 
 from __future__ import annotations
@@ -100,16 +100,12 @@ def main() -> int:
 
 
 def keep(name: str, corpus: Path) -> None:
-    """Of what was collected, as little as covers the same, and of that the smallest; faults that were found stay."""
-    merged = WORK / f"{name}-merged"
-    for old in merged.glob("*") if merged.is_dir() else ():
-        old.unlink()
-    merged.mkdir(exist_ok=True)
-    started(name, "-merge=1", str(merged), str(WORK / f"{name}-seeds"), str(WORK / name))
+    """Of what was collected, a few of every size; faults that were found stay."""
     for old in corpus.glob("new-*"):
         old.unlink()
+    files = sorted((WORK / name).iterdir(), key=lambda file: (file.stat().st_size, file.name))
     total = 0
-    for file in sorted(merged.iterdir(), key=lambda file: file.stat().st_size)[:ENTRIES]:
+    for file in files[:: -(-len(files) // ENTRIES)]:
         total += file.stat().st_size
         if total <= BYTES:
             (corpus / f"new-{file.name[:12]}").write_bytes(file.read_bytes())

@@ -12,9 +12,8 @@ import onnx_ir as ir
 from v4export.errors import BadInput
 from v4export.side_files import file_of, is_inside, read
 
-#: Most bytes of a graph, which has no weights, and most nodes of it and its functions: a model with a trillion
-#: parameters has a twentieth of the one and a tenth of the other.
-MOST_BYTES, MOST_NODES = 1 << 30, 2_000_000
+#: Most bytes of a graph, which has no weights, and most nodes of it and its functions.
+MOST_BYTES, MOST_NODES = 1 << 30, 10_000_000
 
 
 def admit(path: Path) -> None:

@@ -56,6 +56,15 @@ def test_check_can_be_forgone(capfd, folder):
     assert call(capfd, *("run", folder, "--prompt", "a", "-n", "1", "--no-check")).code == 0
 
 
+def test_engine_that_has_changed_can_be_built_anew(folder):
+    facts = json.loads((folder / MANIFEST).read_text())
+    facts["files"]["model.engine"] = {"bytes": 1, "sha256": "0" * 64}
+    (folder / MANIFEST).write_text(json.dumps(facts))
+    with pytest.raises(BadInput, match=r"model\.engine"):
+        Bundle.open(folder).check_files()
+    Bundle.open(folder).check_files(but=".engine")
+
+
 def change(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda facts: facts.update(values)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pickle
 import random
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -20,7 +24,7 @@ sys.path.insert(0, str(FUZZ))
 import mutations  # noqa: E402
 import targets  # noqa: E402
 
-from v4export.checkpoint.tensor import parse_header  # noqa: E402
+from v4export.checkpoint.tensor import parse_header, read_header  # noqa: E402
 from v4export.errors import BadInput, V4Error  # noqa: E402
 from v4export.side_files import MOST_BYTES, is_inside, json_value, read  # noqa: E402
 
@@ -76,8 +80,6 @@ def test_what_is_taken_of_a_header_safetensors_takes(seed):
     case = rng.choice(cases("header"))
     for _ in range(3):
         case = mutations.mutated(case, 8, rng) or case
-    import io
-
     try:
         _, tensors = parse_header(Path("x"), io.BytesIO(case), len(case))
     except V4Error:
@@ -90,8 +92,6 @@ def test_what_is_taken_of_a_header_safetensors_takes(seed):
 
 
 def header(text: str, data: int = 0) -> None:
-    import io
-
     case = len(text).to_bytes(8, "little") + text.encode() + bytes(data)
     parse_header(Path("x"), io.BytesIO(case), len(case))
 
@@ -123,18 +123,12 @@ def test_header_that_would_take_for_ever(name):
 def test_header_that_is_too_large(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes((MOST_BYTES + 1).to_bytes(8, "little") + b"{}")
-    import os
-
     os.truncate(file, MOST_BYTES + 100)
-    from v4export.checkpoint.tensor import read_header
-
     with pytest.raises(BadInput, match="not a safetensors file"):
         read_header(file)
 
 
 def test_file_that_is_too_large_or_none(tmp_path):
-    import os
-
     file = tmp_path / "config.json"
     file.write_bytes(b"{}")
     assert read(file, 2) == b"{}"
@@ -163,8 +157,6 @@ def test_json_that_is_none(data):
 
 def test_watch_sees_what_is_forbidden(tmp_path):
     """The fuzzer's own alarm: a file elsewhere, a pickle, a process."""
-    import pickle
-    import subprocess
 
     def opens(case: bytes) -> None:
         (tmp_path / "x").write_bytes(case)

@@ -290,10 +290,10 @@ def engine(
     """Build the engines of an exported bundle's graphs and record them in the manifest; former ones are replaced.
 
     Raises:
-        BadInput: a file of the bundle has changed.
+        BadInput: a file of the bundle has changed that is no engine.
     """
     bundle = Bundle.open(Path(folder))
-    bundle.check_files()
+    bundle.check_files(but=ENGINE_SUFFIX)
     if options.refit_from:
         Bundle.open(options.refit_from).check_files()
     engines = _engines(bundle, options, stages or Stages(quiet=True), on_line, Units(bundle.folder))

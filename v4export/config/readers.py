@@ -92,7 +92,7 @@ FAMILIES: dict[str, Family] = {
     "kimi_k2": Family("DeepseekV3ForCausalLM", V3, LIMITED),
     "v4x": Family("V4xForCausalLM", V4X, LIMITED),
 }
-#: Of a config.json; the longest published one has 40 kB.
+#: Of a config.json.
 _MOST_BYTES = 10_000_000
 #: Of Engram, each with a prime number of its own to be found.
 _MOST_HASHES = 4096

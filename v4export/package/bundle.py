@@ -32,7 +32,7 @@ WRITTEN = ("format", "versions", "files", "varies")
 _VARIES = {
     "report.json": "seconds and memory of the stages",
     "report.html": "seconds and memory of the stages",
-    ".engine": "TensorRT chooses by measured times, and may write when it was built",
+    ".engine": "TensorRT's engines of one graph differ in some bytes",
 }
 _OWN = "seconds and memory of the stages, the command, and hashes of the files that vary"
 _PACKAGES = (
@@ -98,7 +98,7 @@ class Bundle:
             chosen = Chosen.read(manifest["chosen"])
             config = chosen.of(read_config(manifest["config"]))
             recipe = precision(manifest["precision"], config, manifest["keep"])
-            sharing = manifest["sharing"]
+            sharing = manifest.get("sharing")
             shared = Sharding(**sharing["sharding"]) if sharing else None
             if shared:
                 shared.check(config)
@@ -112,13 +112,16 @@ class Bundle:
             self.check_files()
         return self
 
-    def check_files(self) -> None:
+    def check_files(self, but: str | None = None) -> None:
         """Compare the files with the manifest's hashes; shards shared with the checkpoint by their size.
+
+        Args:
+            but: how names of files end that need not be whole, as they will be replaced.
 
         Raises:
             BadInput: names the files that are missing, have changed, or lead out of the folder.
         """
-        files = self.manifest["files"]
+        files = {n: facts for n, facts in self.manifest["files"].items() if but is None or not n.endswith(but)}
         # Hashing lets go of Python's lock, and a disk answers several faster than one.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             whole = threads.map(self._is_whole, files, files.values())

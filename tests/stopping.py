@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import io
 import json
@@ -11,11 +12,13 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from traced import traced_once
 
 #: Forks of a process that has imported everything and started no thread.
@@ -31,11 +34,45 @@ SHARD_BYTES = 40_000
 @dataclass(frozen=True)
 class Stop:
     """What is to happen, and at which event: before a file is renamed, linked or brought to the disk, and in the
-    middle of every write.
+    middle of every write; of ``unreadable``, before a file is opened to be read.
     """
 
-    kind: str  # kill, full, count
+    kind: str  # kill, full, count, or one of FAULTS
     number: int = 0
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+#: What happens once, at the event.
+FAULTS: dict[str, Callable[[str], None]] = {
+    "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "terminate": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+    "interrupt": lambda _: os.kill(os.getpid(), signal.SIGINT),
+    "memory": lambda _: _raise(MemoryError()),
+    "unreadable": lambda file: _raise(OSError(errno.EIO, os.strerror(errno.EIO), file)),
+    "clock": lambda _: _jump(-400 * 24 * 3600.0),
+}
+
+#: By which processes are known that a child has started.
+_MARK = "V4EXPORT_STARTED_IN"
+
+
+def _jump(seconds: float) -> None:
+    """Set the clock that ``time.time`` reads."""
+    now = time.time
+    time.time = lambda: now() + seconds  # type: ignore[assignment]
+
+
+def orphans(folder: Path) -> list[psutil.Process]:
+    """Processes that children of a folder have started, and that are still there."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 class Child:
@@ -75,6 +112,7 @@ def _run(folder: Path, traces: Path, arguments: list[str], stop: Stop) -> None:
     from v4export.graphs import export, shards, trace
 
     os.chdir(folder)
+    os.environ[_MARK] = str(folder)
     said = os.open("said", os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(said, stream)
@@ -99,7 +137,7 @@ class _Events:
         self.folder, self.stop, self.done = folder, stop, 0
 
     def install(self) -> None:
-        for name in ("replace", "link", "fsync") * (self.stop.kind != "full"):
+        for name in ("replace", "link", "fsync") * (self.stop.kind not in ("full", "unreadable", "short")):
             setattr(os, name, self._before(getattr(os, name)))
         builtins.open = io.open = self._open  # type: ignore[assignment]
 
@@ -110,20 +148,22 @@ class _Events:
 
         return counted
 
-    def event(self) -> None:
+    def event(self, file: str = "") -> None:
         self.done += 1
-        if self.stop.kind == "kill" and self.done == self.stop.number:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.stop.kind in FAULTS and self.done == self.stop.number:
+            FAULTS[self.stop.kind](file)
         if self.stop.kind == "full" and self.done >= self.stop.number:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _open(self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **options: Any) -> Any:
         plain = mode.replace("t", "").replace("b", "")
         inside = isinstance(file, str | os.PathLike) and Path(file).absolute().is_relative_to(self.folder)
-        if plain not in ("w", "a") or not inside:
+        if inside and plain == "r" and self.stop.kind == "unreadable" and os.path.exists(file):
+            self.event(str(file))
+        if plain not in ("w", "a") or not inside or self.stop.kind == "unreadable":
             return _OPEN(file, mode, buffering, *rest, **options)
         raw = _Half(file, plain)
-        raw.event = self.event
+        raw.event, raw.short = self.event, self.stop.kind == "short"
         if not buffering:
             return raw
         stream = io.BufferedWriter(raw)
@@ -137,9 +177,12 @@ class _Half(io.FileIO):
     """A file whose every write is an event, between its halves."""
 
     event: Callable[[], None]
+    short: bool  # takes half of what it is given, as the system may
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
+        if self.short:
+            return super().write(view[: (len(view) + 1) // 2])
         done = super().write(view[: len(view) // 2])
         self.event()
         return done + super().write(view[done:])

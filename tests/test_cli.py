@@ -77,9 +77,9 @@ ENGINE = [
     "--verbose",
 ]
 #: What scripts rely on: verb -> arguments, options.
-EXECUTOR = ["--executor", "--cuda-graphs", "--no-cuda-graphs"]
+EXECUTOR = ["--executor", "--cuda-graphs", "--no-cuda-graphs", "--no-check"]
 SURFACE = {
-    "build": (["model"], [*EXPORT, *ENGINE, "--no-engine", "--no-verify", "--device"]),
+    "build": (["model"], [*EXPORT, *ENGINE, "--no-engine", "--no-verify", "--device", "--from"]),
     "export": (["model"], EXPORT),
     "engine": (["bundle"], [*ENGINE, "--refit-from", "--json", "--quiet", "-q"]),
     "verify": (["bundle"], ["--checkpoint", "--decode", "--device", "--json", "--quiet", "-q"]),

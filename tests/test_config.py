@@ -29,6 +29,10 @@ def test_round_trip_of_presets(name):
     assert json.loads(json.dumps(to_hub_config(config))) == to_hub_config(config)
 
 
+#: What is written out once each.
+WRITTEN_OUT = st.integers(1, 4096)
+
+
 @st.composite
 def configs(draw):
     base = presets.load(draw(st.sampled_from(["tiny-v2-lite", "tiny-v3", "tiny-kimi-k2"])))
@@ -97,7 +101,9 @@ def v4_configs(draw):
             ratios=tuple({WINDOW: 0, CSA: rates[0], HCA: rates[1]}[kind] for kind in kinds),
         ),
         indexer=draw(indexer if CSA in kinds else st.none() | indexer),
-        hyper=replace(base.hyper, streams=draw(st.integers(1, 9)), sinkhorn_iterations=draw(size), eps=draw(ratio)),
+        hyper=replace(
+            base.hyper, streams=draw(st.integers(1, 9)), sinkhorn_iterations=draw(WRITTEN_OUT), eps=draw(ratio)
+        ),
         hash_layers=tuple(i for i in range(layers) if draw(st.booleans())),
         swiglu_limit=draw(ratio),
         rope_theta=draw(ratio),
@@ -468,7 +474,7 @@ LATENT_SIZES = {
 SIZE = st.integers(1, 1 << 20)
 REASONING = st.builds(
     Reasoning,
-    SIZE,
+    WRITTEN_OUT,
     st.integers(0, 99),
     num_heads=st.none() | SIZE,
     q_lora_rank=st.none() | SIZE,

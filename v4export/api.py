@@ -38,6 +38,7 @@ from v4export.plan import verb as planning
 from v4export.plan.devices import named_device
 from v4export.plan.simulate import Simulation
 from v4export.progress import Stages
+from v4export.repeating import Repeated, repeat
 from v4export.runtime.executors import ONNXRUNTIME, Choice
 from v4export.runtime.speed import Speed, measure
 from v4export.state_contract import bytes_per_token, fixed_bytes
@@ -48,6 +49,7 @@ __all__ = [
     "Bisection",
     "Built",
     "Inspection",
+    "Repeated",
     "Replayed",
     "bench",
     "bisect",
@@ -65,6 +67,7 @@ __all__ = [
     "plan",
     "preset_names",
     "recipe_for",
+    "repeat",
     "replay",
     "run",
     "simulate",
@@ -139,6 +142,7 @@ def bench(
     device: str = "cpu",
     executor: str = ONNXRUNTIME,
     cuda_graphs: bool = True,
+    check_files: bool = True,
     stages: Stages | None = None,
 ) -> Speed:
     """Measure a bundle on this machine: random prompts, and the likeliest tokens after them; executors as of ``run``.
@@ -146,7 +150,7 @@ def bench(
     Raises:
         BadInput: it is no bundle, or holds fewer tokens.
     """
-    bundle = Bundle.open(Path(folder))
+    bundle = Bundle.open(Path(folder)).checked(check_files)
     if device not in ("cpu", "cuda"):
         raise BadInput(f"--device {device} is not here to be measured", fix="give cpu or cuda, or --simulate N")
     opened = Choice(executor, device, threads, cuda_graphs=cuda_graphs).open(bundle)

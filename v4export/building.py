@@ -12,10 +12,12 @@ from typing import Any
 
 import onnx_ir as ir
 
+from v4export.asked import Asked, Source
 from v4export.calibrate import verb as calibration
 from v4export.checkpoint.activation_scales import FILE as SCALES
 from v4export.checkpoint.activation_scales import wanted_scales
 from v4export.checkpoint.audit import Audit
+from v4export.checkpoint.identity import identity
 from v4export.config import ModelConfig
 from v4export.config.chosen import AUTO, FP8, Chosen
 from v4export.config.sharding import WHOLE, Sharding
@@ -39,7 +41,7 @@ from v4export.graphs.shards import Conversion, Placed
 from v4export.graphs.shards import write as write_weights
 from v4export.graphs.variants import roles
 from v4export.opened import account_of, first_layers, longest, open_checkpoint, read_expert_load, token_map_of
-from v4export.package.bundle import Bundle, code_hash, file_facts, versions, write_manifest
+from v4export.package.bundle import WRITTEN, Bundle, code_hash, file_facts, versions, write_manifest
 from v4export.package.whole import whole_folder
 from v4export.plain import to_json
 from v4export.plan.foreseen import compared, foresee
@@ -158,6 +160,12 @@ def build(
         if engine:
             prefill_chunk(config, engine, length, found)
         load = read_expert_load(Path(expert_load)) if expert_load else None
+        wanted = Asked(
+            precision=precision, keep=tuple(keep), max_seq_len=length, layers=chosen.layers, copy_weights=copy_weights,
+            cpu_weights=cpu_weights, engram_inside=engram_inside, think_steps=think_steps, state=state,
+            calibrate=Source.of(calibrate), sharding=sharding, expert_load=Source.of(expert_load),
+            scan_values=scan_values, verify=verify, engine=engine, device=device,
+        )  # fmt: skip
         plan = None if sharding.is_one else Plan.of(config, found, sharding, load)
         made: dict[str, Any] = {"copy_weights": copy_weights, "cpu_weights": cpu_weights}
         planned = foresee(checkpoint, found, length, Path(out), engine, verify=verify, sharding=sharding, **made)
@@ -180,10 +188,11 @@ def build(
             "command": command,
             "config": checkpoint.config_json,
             "chosen": chosen,
+            "asked": wanted,
             "sharing": json.loads(to_json(plan)),
             "thinking": _thinking(config),
             "calibration": scales.made if scales else None,
-            "checkpoint": {"path": str(checkpoint.directory.resolve()), "header_sha256": checkpoint.header_hash},
+            "checkpoint": identity(checkpoint),
             "audit": {**account.counts, "summary": account.summary(), "skipped_tensors": account.skipped},
             "graphs": graphs,
         }
@@ -278,11 +287,18 @@ def engine(
     stages: Stages | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> dict[str, EngineReport]:
-    """Build the engines of an exported bundle's graphs and record them in the manifest; former ones are replaced."""
+    """Build the engines of an exported bundle's graphs and record them in the manifest; former ones are replaced.
+
+    Raises:
+        BadInput: a file of the bundle has changed that is no engine.
+    """
     bundle = Bundle.open(Path(folder))
+    bundle.check_files(but=ENGINE_SUFFIX)
+    if options.refit_from:
+        Bundle.open(options.refit_from).check_files()
     engines = _engines(bundle, options, stages or Stages(quiet=True), on_line, Units(bundle.folder))
-    facts = {k: v for k, v in bundle.manifest.items() if k not in ("format", "versions", "files")}
-    facts["engines"] = engines
+    facts = {k: v for k, v in bundle.manifest.items() if k not in WRITTEN}
+    facts |= {"engines": engines, "asked": {**facts.get("asked", {}), "engine": options}}
     write_manifest(bundle.folder, facts, frozenset(facts["graphs"]["linked"]))
     return engines
 

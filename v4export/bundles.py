@@ -45,6 +45,7 @@ def run(
     device: str = "cpu",
     executor: str = ONNXRUNTIME,
     cuda_graphs: bool = True,
+    check_files: bool = True,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Generate text from a bundle; ``on_text`` is told text as it comes.
@@ -57,11 +58,12 @@ def run(
     With ``skip_decoder``, all but the last tokens of a prompt pass only the layers before the decoder (V4.1). A model
     with reasoning layers pauses to ``think``: a number of steps before every token, ``auto`` where it is not sure
     (``think_threshold`` in place of the manifest's), or ``off``; ``auto`` unless given. With an ``accuracy_level`` of
-    4, matrices of integers are multiplied by activations in eight bits (``v4export.runtime.sessions.Running``).
+    4, matrices of integers are multiplied by activations in eight bits (``v4export.runtime.sessions.Running``). Without
+    ``check_files``, the bundle's files are not compared with its manifest's hashes first.
     """
     if sum(one is not None for one in (prompt, prompt_file, messages)) != 1:
         raise BadInput("a prompt is needed, once", fix="give --prompt TEXT, --prompt-file FILE or --messages FILE")
-    bundle = Bundle.open(Path(folder))
+    bundle = Bundle.open(Path(folder)).checked(check_files)
     talk = Conversation.read(messages) if messages else None
     if talk is None:
         text = prompt if prompt is not None else _text_of(Path(prompt_file or ""))
@@ -106,7 +108,7 @@ def _refused_ids(config: ModelConfig) -> dict[int, str]:
 
 def package_cpp(folder: str | Path, out: str | Path) -> cpp_packaging.CppPackage:
     """Write a CMake project that runs a bundle from C++, ids in and out; see ``v4export.cpp.verb.package``."""
-    bundle = Bundle.open(Path(folder))
+    bundle = Bundle.open(Path(folder)).checked()
     return cpp_packaging.package(bundle, Path(out), _refused_ids(bundle.config))
 
 
@@ -118,6 +120,7 @@ def package(
     device: str = "cpu",
     executor: str = ONNXRUNTIME,
     cuda_graphs: bool = True,
+    check_files: bool = True,
     slots: int = Limits.slots,
     queue: int = Limits.queue,
     chunk: int = Limits.chunk,
@@ -133,6 +136,8 @@ def package(
         device: that onnxruntime runs on in the server.
         executor: a name of ``v4export.runtime.executors``.
         cuda_graphs: whether TensorRT's decode steps are replayed as CUDA graphs.
+        check_files: whether the server compares files with the manifest's hashes whenever it loads the model; they are
+            compared here in any case.
         slots: sequences that get tokens at the same time.
         queue: requests that may wait for one.
         chunk: the most prompt tokens read between two tokens of others.
@@ -148,5 +153,6 @@ def package(
         name=name,
         choice=Choice(executor, device, threads, cuda_graphs=cuda_graphs),
         limits=Limits(slots, queue, chunk),
+        check_files=check_files,
         max_tokens=max_tokens,
     )

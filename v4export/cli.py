@@ -25,11 +25,12 @@ from v4export.cli_options import (
     options,
     print_result,
     quiet_option,
+    refuse_beside,
     sharding_options,
     target_option,
 )
 from v4export.config.chosen import AUTO, FP8
-from v4export.errors import BadInput, NotEnough, NumbersDiffer, V4Error
+from v4export.errors import BadInput, NotEnough, NumbersDiffer, V4Error, broken
 from v4export.precision import format_rows, recipe_rows
 from v4export.progress import Stages
 
@@ -59,6 +60,8 @@ def main() -> NoReturn:
         cause = stop.__cause__ or stop
         kept = hasattr(cause, "__notes__")
         _fail(_with_notes("interrupted" if kept else "interrupted; nothing was left behind", cause), 130)
+    except OSError as error:
+        _fail(_with_notes(str(broken(error)), error), broken(error).exit_code)
     except MemoryError as error:
         short = NotEnough("this machine's memory does not suffice", fix="use a machine with more, or --layers 0:N")
         _fail(_with_notes(str(short), error), short.exit_code)
@@ -87,8 +90,6 @@ _device = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="
 _out = click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 
 _export_options = options(
-    click.argument("model"),
-    _out,
     model_options,
     click.option(
         "--calibrate",
@@ -131,6 +132,8 @@ _engine_options = options(
     click.option("--maxShapes", "max_shapes", metavar="NAME:AxB,.."),
     click.option("-v", "--verbose", is_flag=True, help="TensorRT's log, too, on stderr."),
 )
+#: What may be given beside ``--from``.
+_REPEATED = ("model", "out", "manifest", "force", "resume", "as_json", "quiet", "verbose")
 _ENGINE_NAMES = (
     *("targets", "backend", "max_batch", "max_chunk", "workspace_gib", "plugins"),
     *("weight_streaming", "refit"),
@@ -162,20 +165,63 @@ def cli() -> None:
 
 
 @cli.command()
+@click.argument("model", required=False)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to make.")
+@click.option(
+    "--from",
+    "manifest",
+    metavar="OUT/v4export.json",
+    type=click.Path(path_type=Path),
+    help="Repeat that build, with its options; MODEL, if its checkpoint has moved.  [default OUT: OUT.again]",
+)
 @_export_options
 @_engine_options
 @click.option("--no-engine", is_flag=True, help="Stop after the graph is verified.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the graph with the PyTorch definition.")
 @_device
-def build(as_json: bool, quiet: bool, verbose: bool, no_engine: bool, no_verify: bool, **given: Any) -> None:
+@click.pass_context
+def build(
+    ctx: click.Context,
+    manifest: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    no_engine: bool,
+    no_verify: bool,
+    **given: Any,
+) -> None:
     """Audit, export, verify, build the engine, and write a report: the whole way from MODEL to a bundle.
 
     MODEL is a Hugging Face checkpoint directory. OUT appears whole, or not at all. What is finished of a build that was
     stopped, or that met a full disk, is kept: the same command with --resume goes on with it.
     """
     from v4export import api
+    from v4export.package.bundle import MANIFEST, Bundle
 
-    start, asked, shared = time.monotonic(), _engine(given), _shared(given)
+    start = time.monotonic()
+    how: dict[str, Any] = {
+        "stages": Stages(quiet=quiet),
+        "on_line": _log if verbose else None,
+        "command": _command(),
+    }
+    if manifest:
+        refuse_beside(ctx, _REPEATED, "--from has all options from the build that it repeats", "leave them out")
+        first = Bundle.open(manifest.parent if manifest.name == MANIFEST else manifest)
+        found = api.repeat(
+            first,
+            given["out"],
+            model=given["model"],
+            force=given["force"],
+            resume=given["resume"],
+            on_boundary=_print_boundary(as_json, first.precision.name),
+            **how,
+        )
+        print_result(as_json, found, show.repeated(found, time.monotonic() - start, _command()))
+        return found.check()
+    for name, spelt in (("model", "argument 'MODEL'"), ("out", "option '-o' / '--out'")):
+        if given[name] is None:
+            raise click.UsageError(f"Missing {spelt}.", ctx)
+    asked, shared = _engine(given), _shared(given)
     engine = None if no_engine else asked
     shown = api.recipe_for(given["model"], given["precision"], engine)[0]
     try:
@@ -184,10 +230,8 @@ def build(as_json: bool, quiet: bool, verbose: bool, no_engine: bool, no_verify:
             given.pop("out"),
             engine=engine,
             verify=not no_verify,
-            stages=Stages(quiet=quiet),
             on_boundary=_print_boundary(as_json, shown),
-            on_line=_log if verbose else None,
-            command=_command(),
+            **how,
             **shared,
             **given,
         )
@@ -200,6 +244,8 @@ def build(as_json: bool, quiet: bool, verbose: bool, no_engine: bool, no_verify:
 
 
 @cli.command()
+@click.argument("model")
+@_out
 @_export_options
 def export(as_json: bool, quiet: bool, **given: Any) -> None:
     """Audit and export only: MODEL becomes OUT/model.onnx, with its weights."""

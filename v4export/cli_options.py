@@ -101,9 +101,28 @@ executor_options = options(
         show_default=True,
         help="Of tensorrt: launch all of a decode step at once.",
     ),
+    click.option(
+        "--no-check",
+        "check_files",
+        flag_value=False,
+        default=True,
+        help="Do not compare files with the manifest's hashes before they are used.",
+    ),
 )
 
 out_folder = click.Path(path_type=Path)
+
+
+def refuse_beside(ctx: click.Context, allowed: tuple[str, ...], what: str, fix: str) -> None:
+    """Raise BadInput where an option is given, on the command line, that is none of the allowed."""
+    given = [
+        max(param.opts, key=len)
+        for param in ctx.command.params
+        if param.name not in allowed
+        and ctx.get_parameter_source(param.name or "") is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise BadInput(what, f"given: {', '.join(given)}", fix)
 
 
 def print_result(as_json: bool, value: Any, text: str) -> None:

@@ -23,7 +23,7 @@ from v4export.cli_options import (
 from v4export.progress import Stages
 
 #: What a measurement is told, and a simulation is not.
-_MEASURED = ("prompt_tokens", "new_tokens", "repetitions", "threads", "executor", "cuda_graphs")
+_MEASURED = ("prompt_tokens", "new_tokens", "repetitions", "threads", "executor", "cuda_graphs", "check_files")
 
 _plan_options = options(
     click.argument("model"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class V4Error(Exception):
     """Base of every error this package raises on purpose.
@@ -26,6 +28,12 @@ class NumbersDiffer(V4Error):
     summary = ""
 
 
+class BuildsDiffer(V4Error):
+    """A build that was repeated left something else."""
+
+    exit_code = 1
+
+
 class BadInput(V4Error):
     """A path, option, configuration or checkpoint is not what it has to be."""
 
@@ -42,6 +50,18 @@ class NotSupported(V4Error):
     """The request is well formed, and nothing here can serve it."""
 
     exit_code = 4
+
+
+#: What the system says where a disk, or a user's share of it, is full.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def broken(error: OSError) -> V4Error:
+    """The error for a file that the system cannot read or write, whichever it was."""
+    where = error.filename if error.filename is not None else "a file"
+    if error.errno in FULL:
+        return NotEnough("the disk is full", f"{where}: {error.strerror}", "free some")
+    return BadInput(f"{where} cannot be read or written", error.strerror or str(error), "see to the disk, or the path")
 
 
 def missing_package(package: str, extra: str, purpose: str) -> NotSupported:

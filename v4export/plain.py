@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,9 @@ def from_plain(kind: Any, value: Any) -> Any:
     if origin is tuple:
         kinds = of[:1] * len(value) if of[1:] == (...,) else of
         return tuple(from_plain(one, item) for one, item in zip(kinds, value, strict=True))
-    if origin is list:
+    if origin in (list, Sequence):
         return [from_plain(of[0], item) for item in value]
-    if origin is dict:
+    if origin in (dict, Mapping):
         return {key: from_plain(of[1], item) for key, item in value.items()}
     if kind is Any:
         return value

@@ -18,7 +18,7 @@ from v4export.evaluate.results import rows as evaluation_rows
 from v4export.evaluate.results import summary as evaluation_summary
 
 if TYPE_CHECKING:  # at run time these rooms are heavy, and nothing here needs more than their results
-    from v4export.api import Built, Inspection
+    from v4export.api import Built, Inspection, Repeated
     from v4export.calibrate.calibration import Calibration
     from v4export.engine.build import EngineReport
     from v4export.engine.doctor import Finding
@@ -44,6 +44,15 @@ def built(result: Built, seconds: float, command: str) -> str:
     else:
         lines.append(verdict("NOT VERIFIED", seconds, command))
     return "\n".join(lines)
+
+
+def repeated(result: Repeated, seconds: float, command: str) -> str:
+    """What a build that was repeated left, and how far it is the same."""
+    lines = [f"{name} was {then}, and is {now}" for name, (then, now) in result.versions.items()]
+    lines.append(f"{result.built.bundle.folder}: {len(result.same)} files are byte-identical")
+    lines += [f"cannot be identical: {', '.join(result.varying)}"]
+    lines += [f"DIFFERS: {name}" for name in result.differing]
+    return "\n".join([*lines, verdict("DIFFERENT" if result.differing else "IDENTICAL", seconds, command)])
 
 
 def calibration(found: Calibration, file: object) -> str:

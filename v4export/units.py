@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from v4export.plain import from_plain, to_json
 from v4export.progress import Stages, StageTime
+from v4export.side_files import is_inside
 
 JOURNAL = "journal"
 #: Beside the journal: files of units that a build before this one finished, and the beginnings of names of folders in
@@ -245,13 +246,9 @@ def _read(journal: Path) -> dict[str, _Record]:
     for line in journal.read_bytes().splitlines() if journal.is_file() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             record = from_plain(_Record, json.loads(line))
-            if all(_is_inside(file) for file in record.files):
+            if all(is_inside(file) for file in record.files):
                 found[record.name] = record
     return found
-
-
-def _is_inside(name: str) -> bool:
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _ends_a_line(file: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -73,10 +74,12 @@ class Saved:
         found = {name: asdict(one) for name, one in progress.found.items()}
         # A view would be saved with all that it is a view of.
         shared = [{name: value.clone() for name, value in one.items()} for one in progress.shared]
+        # Writing to a disk, PyTorch says of whatever goes wrong that positions are unexpected.
+        made = io.BytesIO()
+        torch.save({"key": self.key, "done": progress.done, "shared": shared, "found": found}, made)
         try:
-            # By a path, PyTorch says of a full disk that positions are unexpected.
             with open(partial, "wb") as stream:
-                torch.save({"key": self.key, "done": progress.done, "shared": shared, "found": found}, stream)
+                stream.write(made.getbuffer())
             os.replace(partial, self.file)
         finally:
             partial.unlink(missing_ok=True)

@@ -48,8 +48,11 @@ class ActivationScales:
         said = {"format": _FORMAT, "checkpoint": self.checkpoint, "made": json.dumps(self.made)}
         values = {name: np.asarray(value, np.float32) for name, value in self.values.items()}
         partial = file.with_name(f".{file.name}.partial")
-        partial.write_bytes(save(values, said))
-        os.replace(partial, file)
+        try:
+            partial.write_bytes(save(values, said))
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_scales(file: Path, config: ModelConfig) -> ActivationScales:

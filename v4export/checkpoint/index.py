@@ -16,8 +16,9 @@ from typing import Any
 from v4export.checkpoint.aliases import by_canonical_name
 from v4export.checkpoint.tensor import StoredTensor, read_header
 from v4export.config import ModelConfig
-from v4export.config.readers import read_config
+from v4export.config.readers import load_config, read_config
 from v4export.errors import BadInput
+from v4export.side_files import file_of, json_value, read
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -62,7 +63,8 @@ class Checkpoint:
         directory = Path(path)
         if not directory.is_dir():
             raise BadInput(f"{directory} is not a directory", fix="Give a Hugging Face checkpoint directory.")
-        config = read_config(directory)
+        config_json = load_config(directory)
+        config = read_config(config_json)
         weight_map = _weight_map(directory)
         files = _files(directory, weight_map)
         tensors: dict[str, StoredTensor] = {}
@@ -81,19 +83,30 @@ class Checkpoint:
                 )
             tensors |= found
         _compare(directory, weight_map, tensors)
-        config_json = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         tensors = by_canonical_name(config, tensors)
         text = tuple(directory / name for name in TOKENIZER_FILES if (directory / name).is_file())
         return Checkpoint(directory, config, config_json, tensors, files, digest.hexdigest(), text)
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
-    path = directory / INDEX
-    if not path.exists():
-        return None
+    path = file_of(directory, INDEX)
+    if path is None and (directory / INDEX).exists():
+        raise BadInput(f"{directory / INDEX} is not a regular file")
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return None if path is None else parse_weight_map(path, read(path))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read", str(error)) from error
+
+
+def parse_weight_map(path: Path, data: bytes) -> dict[str, str]:
+    """Tensor -> file, of an index whose bytes were read from ``path``.
+
+    Raises:
+        BadInput: it is none, or names a file elsewhere.
+    """
+    try:
+        weight_map = json_value(data)["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} has no weight_map that can be read", f"{type(error).__name__}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{path} has no weight_map that can be read", "weight_map is not an object with entries")

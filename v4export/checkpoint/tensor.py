@@ -6,19 +6,20 @@ The format: 8 bytes little-endian header length, a JSON header, then the data, w
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
 import weakref
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from v4export.errors import BadInput
+from v4export.side_files import MOST_BYTES, json_value
 
 # safetensors spelling -> NumPy dtype
 DTYPES: dict[str, np.dtype] = {
@@ -39,7 +40,8 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_HEADER_LIMIT = 100_000_000  # the safetensors library's own
+#: Beyond these, NumPy has no such array; and a product of such numbers takes no time.
+_MOST_AXES, _MOST_SIZE = 64, 2**63 - 1
 
 # One mapping a file while any array of it is alive: a mapping each would run out of file descriptors, and one kept for
 # good would count every page ever touched as resident.
@@ -103,21 +105,25 @@ def read_header(file: Path) -> tuple[bytes, dict[str, StoredTensor]]:
     """The header's bytes and the tensors it lists, in the order of their data.
 
     Raises:
-        BadInput: the file is truncated, the header is not valid, or tensors overlap or leave gaps.
+        BadInput: the file is truncated, the header is too large or not valid, or tensors overlap or leave gaps.
     """
-    size = file.stat().st_size
     with file.open("rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > _HEADER_LIMIT or 8 + length > size:
-            values = f"{size} bytes, header of {length}" if len(start) == 8 else f"{size} bytes"
-            raise BadInput(f"{file} is truncated or not a safetensors file", values, "Download it again.")
-        header = stream.read(length)
+        return parse_header(file, stream, os.fstat(stream.fileno()).st_size)
+
+
+def parse_header(file: Path, stream: BinaryIO, size: int) -> tuple[bytes, dict[str, StoredTensor]]:
+    """The same of a stream that holds ``size`` bytes, wherever ``file`` lies."""
+    start = stream.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > MOST_BYTES or 8 + length > size:
+        values = f"{size} bytes, header of {length}" if len(start) == 8 else f"{size} bytes"
+        raise BadInput(f"{file} is truncated or not a safetensors file", values, "Download it again.")
+    header = stream.read(length)
     try:
-        entries = json.loads(header, object_pairs_hook=_no_duplicates)
+        entries = json_value(header, object_pairs_hook=_no_duplicates)
         entries.pop("__metadata__", None)
         tensors = {name: _tensor(file, name, 8 + length, **entry) for name, entry in entries.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise BadInput(f"{file} has a header that is not valid", str(error), "Download it again.") from error
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     end = 8 + length
@@ -135,16 +141,17 @@ def read_header(file: Path) -> tuple[bytes, dict[str, StoredTensor]]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it has {name!r} twice")
     return entries
 
 
 def _tensor(file: Path, name: str, base: int, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
     if dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    numbers = [*shape, *data_offsets]
-    if len(data_offsets) != 2 or any(type(number) is not int or number < 0 for number in numbers):
+    if type(shape) is not list or type(data_offsets) is not list or len(shape) > _MOST_AXES or len(data_offsets) != 2:
+        raise ValueError(f"{name} has no shape of at most {_MOST_AXES} axes, or no two data_offsets")
+    if any(type(number) is not int or not 0 <= number <= _MOST_SIZE for number in (*shape, *data_offsets)):
         raise ValueError(f"{name} has shape {shape} and data_offsets {data_offsets}")
     begin, end = data_offsets
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize

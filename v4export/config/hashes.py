@@ -62,12 +62,10 @@ def _primes(engram: Engram, taken: set[int]) -> tuple[int, ...]:
     from sympy import nextprime
 
     primes = []
-    for _ in range(2, engram.max_order + 1):
-        prime = engram.buckets - 1
-        for _ in range(engram.heads):
-            prime = nextprime(prime)
-            while prime in taken:
-                prime = nextprime(prime)
-            taken.add(prime)
-            primes.append(prime)
+    # All from ``buckets`` on to the last that is taken are taken, as each took the first that was free.
+    prime = max(taken, default=engram.buckets - 1)
+    for _ in range(engram.hashes):
+        prime = nextprime(prime)
+        taken.add(prime)
+        primes.append(prime)
     return tuple(primes)

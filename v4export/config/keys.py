@@ -13,6 +13,8 @@ from v4export.config.values import (
     counts,
     exponent,
     integer,
+    layer_count,
+    layers,
     one_of,
     or_null,
     real,
@@ -31,7 +33,7 @@ Rules = tuple[tuple[Callable[[ModelConfig], bool], str, tuple[str, ...]], ...]
 COMMON: dict[str, Key] = {
     "vocab_size": Key("vocab_size", size),
     "hidden_size": Key("hidden_size", size),
-    "num_hidden_layers": Key("num_layers", size),
+    "num_hidden_layers": Key("num_layers", layers),
     "num_attention_heads": Key("num_heads", size),
     "q_lora_rank": Key("q_lora_rank", or_null(size)),
     "kv_lora_rank": Key("kv_lora_rank", size),
@@ -52,7 +54,7 @@ COMMON: dict[str, Key] = {
     "max_position_embeddings": Key("max_position_embeddings", size),
     "tie_word_embeddings": Key("tie_word_embeddings", truth, False),
     "attention_bias": Key("attention_bias", truth, False),
-    "num_nextn_predict_layers": Key("num_mtp_layers", count, 0, also="num_mtp_layers"),
+    "num_nextn_predict_layers": Key("num_mtp_layers", layer_count, 0, also="num_mtp_layers"),
     "bos_token_id": Key("bos_token_id", token, None),
     "eos_token_id": Key("eos_token_ids", tokens, None),
     "pad_token_id": Key("pad_token_id", token, None),
@@ -74,8 +76,8 @@ ENGRAM: dict[str, Key] = {
 }
 #: Any family may have reasoning layers; what is not given is as in its own layers.
 REASONING: dict[str, Key] = {
-    "reasoning_num_layers": Key("reasoning.layers", or_null(size), None),
-    "reasoning_num_steps": Key("reasoning.steps", or_null(count), None),
+    "reasoning_num_layers": Key("reasoning.layers", or_null(layers), None),
+    "reasoning_num_steps": Key("reasoning.steps", or_null(layer_count), None),
     "reasoning_num_heads": Key("reasoning.num_heads", or_null(size), None),
     "reasoning_q_lora_rank": Key("reasoning.q_lora_rank", or_null(size), None),
     "reasoning_kv_lora_rank": Key("reasoning.kv_lora_rank", or_null(size), None),

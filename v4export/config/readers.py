@@ -8,7 +8,6 @@ function, with the reason. A key in none of the three is an error. Both spelling
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from v4export.config.keys import ENGRAM, IRRELEVANT, LIMITED, LIMITED_V32, REASO
 from v4export.config.parts import read_fp8, read_yarn, write_fp8, write_yarn
 from v4export.config.values import Key, check_limited, read_fields, real, refuse_unknown, table
 from v4export.errors import BadInput, NotSupported
+from v4export.side_files import file_of, json_value, read
 
 
 def _read_latent(raw: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +92,10 @@ FAMILIES: dict[str, Family] = {
     "kimi_k2": Family("DeepseekV3ForCausalLM", V3, LIMITED),
     "v4x": Family("V4xForCausalLM", V4X, LIMITED),
 }
+#: Of a config.json.
+_MOST_BYTES = 10_000_000
+#: Of Engram, each with a prime number of its own to be found.
+_MOST_HASHES = 4096
 # What a dotted field is a field of.
 _NESTED: dict[str, type] = {
     "indexer": Indexer,
@@ -135,6 +139,7 @@ def _check_engram(engram: Engram, config: ModelConfig) -> None:
         f"there are {config.num_layers} layers": engram.layers[-1] >= config.num_layers,
         "the pad token is not in the vocabulary": engram.pad_token_id >= config.vocab_size,
         "a convolution has two taps at least": engram.kernel == 1,
+        f"all layers have at most {_MOST_HASHES} hashes": engram.hashes * len(engram.layers) > _MOST_HASHES,
     }
     if any(faults.values()):
         wrong = ", ".join(what for what, is_so in faults.items() if is_so)
@@ -167,13 +172,26 @@ def check_rows(engram: Engram, said: Any) -> None:
         )
 
 
-def _load(source: Path) -> dict[str, Any]:
-    path = source / "config.json" if source.is_dir() else source
+def load_config(source: Path) -> dict[str, Any]:
+    """The content of a config.json, given its path or its directory.
+
+    Raises:
+        BadInput: there is none, it leads out of its directory, is too large, or is no JSON object.
+    """
+    path = source
+    if source.is_dir():
+        path = file_of(source, "config.json") or source / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return parse_config(path, read(path, _MOST_BYTES))
     except OSError as error:
         raise BadInput(f"cannot read {path}", str(error), "Give a checkpoint directory with a config.json.") from error
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are both ValueErrors
+
+
+def parse_config(path: Path, data: bytes) -> dict[str, Any]:
+    """The same of bytes that were read from ``path``."""
+    try:
+        raw = json_value(data)
+    except ValueError as error:  # JSON and UTF-8 errors are both ValueErrors
         raise BadInput(f"{path} is not JSON", str(error)) from error
     if not isinstance(raw, dict):
         raise BadInput(f"{path} is not a model configuration", f"it holds {type(raw).__name__}, not an object")
@@ -187,7 +205,7 @@ def read_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
         BadInput: unknown model_type or key, a missing key, a value of the wrong type, values that contradict.
         NotSupported: a value that is valid and has no implementation here.
     """
-    raw = source if isinstance(source, Mapping) else _load(Path(source))
+    raw = source if isinstance(source, Mapping) else load_config(Path(source))
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise BadInput(f"unknown model_type {name!r}", f"known: {', '.join(FAMILIES)}", "Check config.json.")

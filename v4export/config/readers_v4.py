@@ -14,7 +14,20 @@ from typing import Any
 from v4export.config import CSA, HCA, WINDOW, ModelConfig
 from v4export.config.keys import COMMON, LIMITED, REASONS, Limits, Rules
 from v4export.config.parts import QUANTIZATION, YARN, YARN_LIMITED, read_fp8, read_yarn, write_fp8, write_yarn
-from v4export.config.values import Key, agreed, always, count, one_of, or_null, real, size, table, wrong_value
+from v4export.config.values import (
+    Key,
+    agreed,
+    always,
+    count,
+    layer_count,
+    layers,
+    one_of,
+    or_null,
+    real,
+    size,
+    table,
+    wrong_value,
+)
 from v4export.errors import BadInput, NotSupported
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
@@ -36,7 +49,7 @@ KEYS: dict[str, Key] = {key: COMMON[key] for key in _SHARED} | {
     "o_groups": Key("compressed.o_groups", size),
     "o_lora_rank": Key("compressed.o_lora_rank", size),
     "hc_mult": Key("hyper.streams", size),
-    "hc_sinkhorn_iters": Key("hyper.sinkhorn_iterations", size),
+    "hc_sinkhorn_iters": Key("hyper.sinkhorn_iterations", layers),
     "hc_eps": Key("hyper.eps", real),
     # A model without compressed sparse attention needs none of the three.
     "index_n_heads": Key("indexer.num_heads", or_null(size), None),
@@ -116,7 +129,10 @@ def read(raw: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
     kinds = agreed(raw, {"compress_ratios": _kinds_by_ratio(layers), "layer_types": _kinds_by_name(layers)})
     rates = agreed(raw, {"compress_ratios": lambda key, value: (4, 128), "compress_rates": _rates})
-    hashed = {"num_hash_layers": lambda key, value: tuple(range(count(key, value))), "mlp_layer_types": _hashed(layers)}
+    hashed = {
+        "num_hash_layers": lambda key, value: tuple(range(layer_count(key, value))),
+        "mlp_layer_types": _hashed(layers),
+    }
     branches = ("", "rope_parameters.main.", "rope_parameters.compress.")
     rope = {"qk_rope_head_dim": size} | {f"{branch}partial_rotary_factor": rotated for branch in branches}
     quantized = table("quantization_config", raw.get("quantization_config")) or {}

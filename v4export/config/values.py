@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,10 @@ from v4export.errors import BadInput, NotSupported, V4Error
 
 Read = Callable[[str, Any], Any]
 REQUIRED = object()
+#: Of a dimension: what TensorRT counts by is an int32.
+MOST_SIZE = 2**31 - 1
+#: Of layers, and of all that is written out once each, such as steps of a thought; far more than any model has.
+MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,12 @@ def wrong_value(key: str, value: Any, wanted: str) -> BadInput:
     return BadInput(f"config key {key} has a value that cannot be used", f"{key} = {value!r}; wanted {wanted}")
 
 
-def integer(least: int) -> Read:
-    """Reads an integer of at least ``least``."""
+def integer(least: int, most: int = MOST_SIZE) -> Read:
+    """Reads an integer of at least ``least`` and at most ``most``."""
 
     def read(key: str, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise wrong_value(key, value, f"an integer of at least {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise wrong_value(key, value, f"an integer of at least {least} and at most {most}")
         return value
 
     return read
@@ -49,7 +53,9 @@ def integer(least: int) -> Read:
 
 def real(key: str, value: Any) -> float:
     """Reads a finite number above 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # The largest float: an integer may be larger, and is then no float at all.
+    if not is_number or not 0 < value <= sys.float_info.max:
         raise wrong_value(key, value, "a finite number above 0")
     return float(value)
 
@@ -109,6 +115,7 @@ def counts(key: str, value: Any) -> tuple[int, ...]:
 
 
 size, count, token = integer(1), integer(0), or_null(integer(0))
+layers, layer_count = integer(1, MOST_LAYERS), integer(0, MOST_LAYERS)
 
 
 def table(key: str, value: Any) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from v4export.checkpoint.tensor import StoredTensor
 from v4export.engine.options import ENGINE_SUFFIX
 from v4export.engram.files import MAP, EngramFiles
 from v4export.errors import BadInput, NotSupported
+from v4export.graphs.admitted import admit
 from v4export.graphs.export import PORTABLE, for_cpu
 from v4export.graphs.passes.accuracy import is_widened, set_accuracy
 from v4export.graphs.shards import numpy_dtype
@@ -77,6 +78,7 @@ def describe(bundle: Bundle, stop_ids: Iterable[int], refused_ids: Mapping[int, 
 
 
 def _model(folder: Path) -> ir.Model:
+    admit(folder / GRAPH)
     try:
         return ir.load(folder / GRAPH)
     except Exception as error:  # protobuf's own errors have no common base

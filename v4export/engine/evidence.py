@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import ExternalDataInfo
 
-MAGIC = b"vtrt"
+MAGIC, HEADER_BYTES = b"vtrt", 36
 MASK_BITS = {"sm75": 1, "sm80": 2, "sm86": 4, "sm89": 8, "sm120": 16, "sm121": 32}
 PLUGIN_LAYER = "PLUGIN_V3"
 MATRIX_LAYERS = ("MATRIX_MULTIPLY", "EINSUM", "CONVOLUTION", "ATTENTION_INPUT", "MOE")
@@ -96,6 +96,15 @@ class NetworkFacts:
 
 
 @dataclass(frozen=True)
+class PlanHeader:
+    """A plan's header: its own length, the version that wrote it, and what it was built for."""
+
+    size: int
+    version: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PlanFacts:
     """The plan: its header, and bytes of constants by type in the compiler's listing (empty when it has none).
 
@@ -139,16 +148,24 @@ def _last(enum: Any) -> str:
     return str(enum).rpartition(".")[2]
 
 
+def plan_header(start: bytes) -> PlanHeader | None:
+    """What the first ``HEADER_BYTES`` of a plan say; None where they are no header that is known.
+
+    Offsets were found by building for known targets.
+    """
+    if start[:4] != MAGIC or len(start) < HEADER_BYTES:
+        return None
+    (size,) = struct.unpack_from("<Q", start, 16)
+    version = ".".join(str(byte) for byte in start[24:28])
+    (mask,) = struct.unpack_from("<I", start, 32)
+    return PlanHeader(size, version, tuple(name for name, bit in MASK_BITS.items() if mask & bit))
+
+
 def read_plan(path: Path) -> PlanFacts:
-    """The header and the constants of a plan. Offsets were found by building for known targets."""
+    """The header and the constants of a plan."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        if plan[:4] != MAGIC or len(plan) < 36:
-            return PlanFacts(len(plan), 0, "", (), _constants(plan))
-        (size,) = struct.unpack_from("<Q", plan, 16)
-        version = ".".join(str(byte) for byte in plan[24:28])
-        (mask,) = struct.unpack_from("<I", plan, 32)
-        targets = tuple(name for name, bit in MASK_BITS.items() if mask & bit)
-        return PlanFacts(len(plan), size, version, targets, _constants(plan))
+        header = plan_header(plan[:HEADER_BYTES]) or PlanHeader(0, "", ())
+        return PlanFacts(len(plan), header.size, header.version, header.targets, _constants(plan))
 
 
 def _constants(plan: mmap.mmap) -> dict[str, int]:

@@ -24,6 +24,7 @@ from v4export.engram.feed import EngramFeed
 from v4export.engram.hashing import Hasher
 from v4export.engram.table import Table, check_pair
 from v4export.errors import BadInput
+from v4export.side_files import json_value, read
 
 DESCRIPTION, MAP = "engram.json", "engram.map"
 _FORMAT = 1
@@ -54,8 +55,8 @@ class EngramFiles:
                 or hashes do not fit together.
         """
         try:
-            return _read(folder, json.loads((folder / DESCRIPTION).read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return _read(folder, json_value(read(_inside(folder, DESCRIPTION))))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(
                 f"{folder / DESCRIPTION} is not whole",
                 f"{type(error).__name__}: {error}",
@@ -166,6 +167,7 @@ def _hashes(entry: Any, order: int, heads: int, compressed: int) -> LayerHash:
     _demand(sizes == (order, (order - 1) * heads), f"{sizes} multipliers and primes for n-grams of 2 to {order} tokens")
     fits = all(number > 0 and number % 2 and number * (compressed - 1) < 2**63 for number in multipliers)
     _demand(fits, f"multipliers {multipliers} are not odd, or too large for {compressed} ids")
+    _demand(hashes.rows < 2**63, f"{hashes.rows} rows are more than can be numbered")
     _demand(list(hashes.offsets) == entry["offsets"], "offsets are not the sums of the primes before them")
     return hashes
 

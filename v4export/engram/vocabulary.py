@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, normalizers
 
 from v4export.config import Engram
 from v4export.errors import BadInput, NotSupported
+from v4export.side_files import file_of, parsed
 
 _NOT_TEXT = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are part of a character only
 _ONE_SPACE = "\ue000"  # stands for a text that is one space, which stripping would leave nothing of
@@ -81,8 +82,8 @@ def read_token_map(directory: Path, engram: Engram, vocab_size: int) -> np.ndarr
         BadInput: there is none, it is malformed, or it is of another model.
         NotSupported: the tokenizer is a tiktoken.model, which names no token whose bytes are not text.
     """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
+    path = file_of(directory, "tokenizer.json")
+    if path is None:
         if (directory / "tiktoken.model").is_file():
             raise NotSupported(
                 "Engram memory needs the names of tokens",
@@ -91,14 +92,10 @@ def read_token_map(directory: Path, engram: Engram, vocab_size: int) -> np.ndarr
             )
         raise BadInput(
             "Engram memory needs the tokenizer of the model",
-            f"there is no {path}",
+            f"there is no {directory / 'tokenizer.json'}",
             "copy the tokenizer files of the checkpoint there",
         )
-    try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes())
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise BadInput(f"{path} is not what its name says", str(error), "download the file again") from None
-    return token_map(tokenizer, engram, vocab_size)
+    return token_map(parsed(path, Tokenizer.from_buffer), engram, vocab_size)
 
 
 def _key(name: str, text: str) -> str:

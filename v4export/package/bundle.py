@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -18,11 +19,22 @@ from v4export.config.chosen import UNCHANGED, Chosen
 from v4export.config.readers import read_config
 from v4export.config.sharding import Sharding
 from v4export.errors import BadInput
+from v4export.package.manifest import check_form
 from v4export.plain import to_json
 from v4export.precision import Precision, precision
+from v4export.side_files import file_of, json_object, read
 
 MANIFEST = "v4export.json"
 _FORMAT = 1
+#: What ``write_manifest`` adds to the facts.
+WRITTEN = ("format", "versions", "files", "varies")
+#: What two builds of the same cannot have in common, by how a file's name ends.
+_VARIES = {
+    "report.json": "seconds and memory of the stages",
+    "report.html": "seconds and memory of the stages",
+    ".engine": "TensorRT's engines of one graph differ in some bytes",
+}
+_OWN = "seconds and memory of the stages, the command, and hashes of the files that vary"
 _PACKAGES = (
     "v4export",
     "torch",
@@ -65,38 +77,61 @@ class Bundle:
             BadInput: the folder is not one.
         """
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
+            return Bundle.parse(folder, read(folder / MANIFEST))
+        except OSError as error:
+            raise _none(folder, error) from error
+
+    @staticmethod
+    def parse(folder: Path, data: bytes) -> Bundle:
+        """The same of the bytes of a manifest."""
+        try:
+            manifest = json_object(data)
             found = manifest["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(
-                f"{folder} is not a bundle", f"{MANIFEST}: {error}", "make one with v4export build"
-            ) from error
+        except (ValueError, KeyError) as error:
+            raise _none(folder, error) from error
         if found != _FORMAT:
             raise BadInput(
                 f"{folder} was made by another version", f"format {found}, this reads {_FORMAT}", "build it again"
             )
         try:
+            check_form(manifest)
             chosen = Chosen.read(manifest["chosen"])
             config = chosen.of(read_config(manifest["config"]))
-            recipe = precision(manifest["precision"], config, manifest.get("keep", ()))
+            recipe = precision(manifest["precision"], config, manifest["keep"])
             sharing = manifest.get("sharing")
-            return Bundle(folder, manifest, config, recipe, chosen, sharing and Sharding(**sharing["sharding"]))
-        except (KeyError, TypeError) as error:
+            shared = Sharding(**sharing["sharding"]) if sharing else None
+            if shared:
+                shared.check(config)
+            return Bundle(folder, manifest, config, recipe, chosen, shared)
+        except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{folder / MANIFEST} is not whole", f"{error!r}", "build the bundle again") from error
 
-    def check_files(self) -> None:
+    def checked(self, check: bool = True) -> Bundle:
+        """Itself, once its files are checked; hashing a bundle takes as long as reading it, so users may forgo it."""
+        if check:
+            self.check_files()
+        return self
+
+    def check_files(self, but: str | None = None) -> None:
         """Compare the files with the manifest's hashes; shards shared with the checkpoint by their size.
 
+        Args:
+            but: how names of files end that need not be whole, as they will be replaced.
+
         Raises:
-            BadInput: names the files that are missing or have changed.
+            BadInput: names the files that are missing, have changed, or lead out of the folder.
         """
-        bad = [name for name, facts in self.manifest["files"].items() if not self._is_whole(name, facts)]
+        files = {n: facts for n, facts in self.manifest["files"].items() if but is None or not n.endswith(but)}
+        # Hashing lets go of Python's lock, and a disk answers several faster than one.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            whole = threads.map(self._is_whole, files, files.values())
+            bad = [name for name, is_whole in zip(files, whole, strict=True) if not is_whole]
         if bad:
             raise BadInput(f"{self.folder} has changed since it was built", ", ".join(bad[:5]), "build it again")
 
     def _is_whole(self, name: str, facts: Mapping[str, Any]) -> bool:
-        file = self.folder / name
-        if not file.is_file() or file.stat().st_size != facts["bytes"]:
+        file = file_of(self.folder, name)
+        if file is None or file.stat().st_size != facts["bytes"]:
             return False
         return "sha256" not in facts or facts["sha256"] == _sha256(file)
 
@@ -116,13 +151,18 @@ class Bundle:
         return Path(self.manifest["checkpoint"]["path"])
 
 
+def _none(folder: Path, error: Exception) -> BadInput:
+    return BadInput(f"{folder} is not a bundle", f"{MANIFEST}: {error}", "make one with v4export build")
+
+
 def write_manifest(
     folder: Path,
     facts: Mapping[str, Any],
     linked: frozenset[str] = frozenset(),
     known: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write ``v4export.json``: ``facts``, the versions of what was used, and a hash of every other file.
+    """Write ``v4export.json``: ``facts``, the versions of what was used, a hash of every other file, and which files
+    another build of the same need not leave alike.
 
     Args:
         folder: the bundle being built.
@@ -131,7 +171,9 @@ def write_manifest(
             the checkpoint's header hash, so only their size is recorded.
         known: sha256 of files, by name, that need not be read once more.
     """
-    manifest = {"format": _FORMAT, **facts, "versions": versions(), "files": file_facts(folder, linked, known)}
+    files = file_facts(folder, linked, known)
+    varies = {name: why for name in files for end, why in _VARIES.items() if name.endswith(end)} | {MANIFEST: _OWN}
+    manifest = {"format": _FORMAT, **facts, "versions": versions(), "files": files, "varies": varies}
     (folder / MANIFEST).write_text(to_json(manifest) + "\n")
 
 

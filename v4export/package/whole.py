@@ -15,12 +15,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from v4export.errors import BadInput, NotEnough, NumbersDiffer
+from v4export.errors import FULL, BadInput, NotEnough, NumbersDiffer
 from v4export.package.bundle import MANIFEST
 from v4export.units import JOURNAL, synced
 
 LOCK, RESULT = "lock", "result"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: What file systems say that have no locks; builds there are not kept apart.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -33,7 +32,7 @@ def whole_folder(
 
     What fails its verification is kept, as ``OUT.failed``. What can be gone on with is kept where it is when the build
     is stopped, or disk, memory or time do not suffice, or an earlier build has made some of it; a note of the error
-    says so.
+    says so; of an error that comes once ``out`` is in its place, that it is complete.
 
     Args:
         out: must not exist, unless ``force``.
@@ -53,6 +52,7 @@ def whole_folder(
     except OSError as error:
         raise _full(out, error) or BadInput(f"cannot write to {out.parent}", str(error), "choose another -o") from error
     kept = inherited = False
+    folder = None
     try:
         _check(out, force)  # another build may just have made it
         inherited = bool(resume and _rest(home))
@@ -61,6 +61,7 @@ def whole_folder(
         _sync(folder)
         _replace(folder, out)
     except NumbersDiffer as error:
+        assert folder is not None
         # What is wrong can only be found out by looking at it.
         failed = out.with_name(f"{out.name}.failed")
         if not failed.exists() or (failed / MANIFEST).is_file():
@@ -68,6 +69,9 @@ def whole_folder(
             error.args = (f"{error}\n  it is kept, with its report, as {failed}",)
         raise
     except BaseException as error:
+        if folder and not folder.exists():
+            error.add_note(f"{out} is complete")
+            raise
         full = _full(out, error)
         # What an earlier build has finished is not lost by a wrong option of a later one.
         stopped = resume is not None and (full is not None or _is_stopped(error))
@@ -94,7 +98,7 @@ def _check(out: Path, force: bool) -> None:
 
 def _full(out: Path, error: BaseException) -> NotEnough | None:
     """The error of a full disk, if that is what went wrong."""
-    if not isinstance(error, OSError) or error.errno not in _FULL:
+    if not isinstance(error, OSError) or error.errno not in FULL:
         return None
     left = f"{shutil.disk_usage(out.parent).free >> 20} MiB left ({error.strerror})"
     return NotEnough(f"the disk of {out.parent} is full", left, "free some, or choose another -o")

@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from v4export.errors import BadInput, NotEnough, NotSupported, missing_package
+from v4export.graphs.admitted import admit
 from v4export.graphs.export import for_cpu
 from v4export.graphs.lower import bodies_for_cpu, with_bodies
 from v4export.graphs.passes.accuracy import LEVELS, set_accuracy
@@ -134,6 +135,7 @@ def graph_to_run(how: Running, name: str) -> onnx.ModelProto:
     """The form of a graph that a device runs, weights not loaded."""
     fast = how.device == "cpu" and not how.bodies
     graph = how.folder / (for_cpu(name) if fast else name)
+    admit(graph)
     try:
         if fast:
             model = ir.load(graph)

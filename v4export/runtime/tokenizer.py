@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 
 from v4export.errors import BadInput
-from v4export.side_files import file_of, json_object, parsed
+from v4export.side_files import explained, file_of, json_object, parsed
 
 # What a bundle copies, where the checkpoint has it.
 TOKENIZER_FILES = (
@@ -37,6 +37,11 @@ KIMI_PATTERN = (
 )
 KIMI_RESERVED = 256  # ids after the ranks; those the configuration does not name are <|reserved_token_{id}|>
 _KIMI_PIECE, _KIMI_RUN = 400_000, 25_000  # characters; tiktoken overflows its stack on longer ones, so Kimi cuts there
+
+
+_SAME = "take all of the tokenizer's files from the same checkpoint"
+_ENCODING = "the tokenizer cannot encode a text", _SAME
+_DECODING = "the tokenizer cannot decode tokens", _SAME
 
 
 class TextStream:
@@ -68,13 +73,15 @@ class _LibraryStream(TextStream):
 
     def push(self, token_id: int) -> str:
         self._pending.append(token_id)
-        text = self._stream.step(self._backend, token_id)
+        with explained(*_DECODING):
+            text = self._stream.step(self._backend, token_id)
         if text:
             self._pending.clear()
         return text or ""
 
     def flush(self) -> str:
-        return self._backend.decode(self._pending, skip_special_tokens=True)
+        with explained(*_DECODING):
+            return self._backend.decode(self._pending, skip_special_tokens=True)
 
 
 class Tokenizer(ABC):
@@ -152,21 +159,24 @@ class _JsonTokenizer(Tokenizer):
         special_ids = (i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # What the post-processor puts before and after a text.
-        bare, framed = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+        with explained(*_ENCODING):
+            bare, framed = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
         extra = len(framed) - len(bare)
         start = next((i for i in range(extra) if bare and framed[i : i + len(bare)] == bare), extra)
         template = (framed[:start], framed[start + len(bare) :])
         super().__init__(config, backend.token_to_id, special_ids, vocab_size, template)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with explained(*_DECODING):
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def stream(self) -> TextStream:
         is_byte_level = isinstance(self._backend.decoder, tokenizers.decoders.ByteLevel)
         return super().stream() if is_byte_level else _LibraryStream(self._backend)
 
     def _ids(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with explained(*_ENCODING):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def _bytes_of(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id) or ""
@@ -183,7 +193,10 @@ class _TiktokenTokenizer(Tokenizer):
         import tiktoken
 
         reserved, special_ids = _kimi_reserved(len(ranks), config)
-        self._backend = tiktoken.Encoding("kimi", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=reserved)
+        with explained("tiktoken.model and tokenizer_config.json do not fit together", _SAME):
+            self._backend = tiktoken.Encoding(
+                "kimi", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=reserved
+            )
         super().__init__(config, reserved.get, special_ids, len(ranks) + KIMI_RESERVED)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:

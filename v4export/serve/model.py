@@ -56,6 +56,7 @@ class Model:
         check_arrays(utilities)
         set_up = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], BUNDLE))
+        bundle = bundle.checked(bool(int(set_up["check_files"])))
         choice = Choice(
             set_up["executor"],
             set_up["device"],

@@ -66,6 +66,7 @@ def write_repository(
     choice: Choice | None = None,
     limits: Limits | None = None,
     max_tokens: int = 256,
+    check_files: bool = True,
 ) -> Packaged:
     """Write a model repository, whole or not at all.
 
@@ -76,6 +77,7 @@ def write_repository(
         choice: what runs it in the server; onnxruntime on a CPU unless given.
         limits: of the scheduler; the defaults unless given.
         max_tokens: new tokens where a client names no number.
+        check_files: whether the server compares files with the manifest's hashes whenever it loads the model.
 
     Raises:
         BadInput: ``out`` exists, the name is none, the bundle has no tokenizer or has changed, or its engine is for
@@ -100,6 +102,7 @@ def write_repository(
         "threads": choice.threads,
         "cuda_graphs": int(choice.cuda_graphs),
         "max_tokens": max_tokens,
+        "check_files": int(check_files),
         **vars(limits),
     }
     with whole_folder(out, force=False) as folder:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from v4export.engine.admitted import check_engine
 from v4export.engine.backend import cuda_devices, load_backend, package_version
 from v4export.engine.log import Log, make_logger
 from v4export.errors import BadInput, NotEnough, NotSupported
@@ -119,13 +120,11 @@ class Runtime:
         """The engine of a graph.
 
         Raises:
-            BadInput: its file is gone.
+            BadInput: its file is gone, or is not the one that was built.
             NotSupported: there is none, or it cannot be loaded on this device.
         """
         report = _report(self.engines, graph)
-        path = self.folder / report["path"]
-        if not path.is_file():
-            raise BadInput(f"{self.folder} has lost an engine", f"{path.name} is missing", "build it: v4export engine")
+        path = check_engine(self.folder, report)
         trt = self.module
         if not self.kept:
             logger = make_logger(trt, self.heard)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 FUZZ = Path(__file__).with_name("fuzz")
 sys.path.insert(0, str(FUZZ))
 
-import mutations  # noqa: E402
+import mutators  # noqa: E402
 import targets  # noqa: E402
 
 from v4export.checkpoint.tensor import parse_header, read_header  # noqa: E402
@@ -61,7 +61,7 @@ def test_mutations(name):
     reader, rng = targets.READERS[name], random.Random(5)
     pool = cases(name)
     for _ in range(150):
-        case = mutations.mutated(rng.choice(pool), reader.prefix, rng)
+        case = mutators.mutated(rng.choice(pool), reader.prefix, rng)
         if case is not None and len(case) <= reader.most:
             targets.run(reader, case)
 
@@ -79,7 +79,7 @@ def test_what_is_taken_of_a_header_safetensors_takes(seed):
     rng = random.Random(seed)
     case = rng.choice(cases("header"))
     for _ in range(3):
-        case = mutations.mutated(case, 8, rng) or case
+        case = mutators.mutated(case, 8, rng) or case
     try:
         _, tensors = parse_header(Path("x"), io.BytesIO(case), len(case))
     except V4Error:

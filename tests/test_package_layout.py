@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,3 +174,9 @@ def test_every_folder_is_packaged():
     listed = tomllib.loads(PROJECT.read_text())["tool"]["setuptools"]["packages"]
     there = {module(file) for file in FILES if file.name == "__init__.py"} | {"v4export.graphs"}
     assert there <= set(listed)
+
+
+def test_modules_of_tests_have_names_of_their_own():
+    """They are imported without their folders: of two with one name, the first would be taken for both."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py")
+    assert not [name for name, count in names.items() if count > 1]

@@ -27,7 +27,7 @@ def fuzz(name: str, arguments: list[str]) -> None:
 
     sys.path.insert(0, str(HERE))
     with atheris.instrument_imports(include=["v4export", "json"], enable_loader_override=False):
-        import mutations
+        import mutators
         import targets
 
     reader = targets.READERS[name]
@@ -40,7 +40,7 @@ def fuzz(name: str, arguments: list[str]) -> None:
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         rng = random.Random(seed)
         if reader.prefix is not None and rng.random() < 0.7:
-            made = mutations.mutated(data, reader.prefix, rng)
+            made = mutators.mutated(data, reader.prefix, rng)
             if made is not None and len(made) <= most:
                 return made
         return atheris.Mutate(data, most)

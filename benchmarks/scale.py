@@ -178,15 +178,20 @@ def real(here: Path) -> str:
         table.append(row(what, f"{found['seconds']:.0f} s{of_which}", rate, f"{found['peak_gb']:.2f} GB"))
         click.echo(table[-1])
 
-    found = child("export", hub, here / "out", "fp8", "scan")
+    shards = sorted(hub.glob("*.safetensors"))
+    out_of_memory(shards)
+    found = child("export", hub, here / "out", "fp8", "no scan")
     written = found["written"] / 1e9
-    what = f"v4export: {size:.1f} GB of bfloat16 looked through for NaN and written as {written:.1f} GB of FP8"
+    what = f"v4export: {size:.1f} GB of bfloat16 written as {written:.1f} GB of FP8, no file in memory before"
     rate = f"{size / found['weights']:.2f} GB/s"
     add(what, found, rate, f", of which {found['weights']:.0f} s convert")
-    seconds = as_disk(sorted(hub.glob("*.safetensors")), int(found["written"]), here / "disk")
+    out_of_memory(shards)
+    seconds = as_disk(shards, int(found["written"]), here / "disk")
     rate = f"{size / seconds:.2f} GB/s"
     table.append(
-        row("the same bytes read, hashed and as many written, nothing converted", f"{seconds:.0f} s", rate, "")
+        row(
+            "the same bytes read, hashed and as many written, nothing converted, likewise", f"{seconds:.0f} s", rate, ""
+        )
     )
     add("v4export, bf16: nothing converted", child("export", hub, here / "out", "bf16", "no scan"))
     add("transformers, loaded", child("transformers", hub))
@@ -214,6 +219,13 @@ def bytes_of(here: Path, experts: int) -> Path:
 
 def gigabytes(hub: Path) -> float:
     return sum(file.stat().st_size for file in hub.glob("*.safetensors")) / 1e9
+
+
+def out_of_memory(files: list[Path]) -> None:
+    """Let go of what the system holds of files, so that they are read from the disk."""
+    for file in files:
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def as_disk(files: list[Path], written: int, scratch: Path) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -58,9 +59,12 @@ def with_engines(bundle: Bundle, *, max_batch: int = 4, max_chunk: int = 48, max
         graph = bundle.folder / name
         profiles = derive_profiles(input_dims(graph), max_seq_len=max_seq_len or bundle.max_seq_len, **sizes)
         plan = {"graph": str(graph), "profiles": [asdict(one) for one in profiles]}
-        graph.with_suffix(".engine").write_text(json.dumps(plan))
+        engine = graph.with_suffix(".engine")
+        engine.write_text(json.dumps(plan))
         engines[name] = {
-            "path": graph.with_suffix(".engine").name,
+            "path": engine.name,
+            "bytes": engine.stat().st_size,
+            "sha256": hashlib.sha256(engine.read_bytes()).hexdigest(),
             "backend": "tensorrt",
             "backend_version": VERSION,
             "targets": ["sm90"],

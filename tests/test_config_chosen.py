@@ -99,7 +99,8 @@ def test_round_trip(chosen: Chosen) -> None:
 
 def opened(folder: Path, config: ModelConfig, **rest: Any) -> Bundle:
     """A folder with nothing but a manifest."""
-    manifest = {"format": 1, "config": to_hub_config(config), "precision": "fp32", **rest}
+    nothing = {"checkpoint": {"path": "", "header_sha256": ""}, "files": {}, "keep": [], "max_seq_len": 8}
+    manifest = {"format": 1, "config": to_hub_config(config), "precision": "fp32", **nothing, **rest}
     (folder / MANIFEST).write_text(to_json(manifest))
     return Bundle.open(folder)
 

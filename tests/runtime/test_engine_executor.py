@@ -260,7 +260,7 @@ def test_a_step_needs_a_profile(both, graphs, tmp_path):
 def test_an_engine_of_another_bundle(both, graphs):
     one, other = both("tiny-v3"), both("tiny-v4")
     b = one.bundle
-    runtime = Runtime(graphs[0], Device("cpu"), other.bundle.folder, b.manifest["engines"])
+    runtime = Runtime(graphs[0], Device("cpu"), other.bundle.folder, other.bundle.manifest["engines"])
     engine = EngineExecutor(runtime, b.config, b.precision, max_seq_len=512)
     with pytest.raises(NotSupported, match="does not belong to this bundle"):
         engine.step(np.array([[5]]), engine.new_state(1), logits_at_BQ=np.zeros((1, 1), np.int64))

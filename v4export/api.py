@@ -36,11 +36,13 @@ from v4export.package.whole import whole_folder
 from v4export.plan import foreseen
 from v4export.plan import verb as planning
 from v4export.plan.devices import named_device
+from v4export.plan.reads import has_kernels, reads
 from v4export.plan.simulate import Simulation
-from v4export.progress import Stages
+from v4export.progress import Stages, peak_memory_mib
 from v4export.repeating import Repeated, repeat
+from v4export.runtime.bandwidth import read_bandwidth
 from v4export.runtime.executors import ONNXRUNTIME, Choice
-from v4export.runtime.speed import Speed, measure
+from v4export.runtime.speed import Floor, Speed, measure
 from v4export.state_contract import bytes_per_token, fixed_bytes
 from v4export.verify.boundary import Boundary
 from v4export.verify.verification import Verification
@@ -147,6 +149,8 @@ def bench(
 ) -> Speed:
     """Measure a bundle on this machine: random prompts, and the likeliest tokens after them; executors as of ``run``.
 
+    On a CPU, also how fast memory is read by as many threads, and from that the least time of a decoded token.
+
     Raises:
         BadInput: it is no bundle, or holds fewer tokens.
     """
@@ -156,7 +160,14 @@ def bench(
     opened = Choice(executor, device, threads, cuda_graphs=cuda_graphs).open(bundle)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repetitions": repetitions}
     with (stages or Stages(quiet=True)).stage("bench", repetitions * (prompt_tokens + new_tokens)) as advance:
-        return measure(opened, bundle.config.vocab_size, advance=advance, **sizes)
+        speed = measure(opened, bundle.config.vocab_size, advance=advance, **sizes)
+    speed, floor = replace(speed, peak_mib=peak_memory_mib()), None
+    if (executor, device) == (ONNXRUNTIME, "cpu"):
+        context = prompt_tokens + new_tokens // 2
+        kernels = has_kernels(bundle.manifest["files"])
+        read = reads(bundle.config, bundle.precision, context, on_cpu=True, kernels=kernels)
+        floor = Floor(read.weights, read.state, read_bandwidth(threads))
+    return replace(speed, floor=floor)
 
 
 def simulate(

@@ -29,6 +29,11 @@ class Reads:
     weights: float
     state: float
 
+    @property
+    def total(self) -> float:
+        """Of both."""
+        return self.weights + self.state
+
 
 def reads(config: ModelConfig, precision: Precision, context: int, *, on_cpu: bool, kernels: bool) -> Reads:
     """What a token reads behind ``context`` cached ones.

@@ -17,7 +17,7 @@ import click
 from engines import THREADS
 from exporting import HOW, attempt
 from page import PAGE, replace_between, row
-from peers import Measured, bandwidth, engines_of, measured
+from peers import CASES, Measured, bandwidth, engines_of, measured
 from subject import SUBJECTS, checkpoint, subject
 
 from v4export.package.bundle import Bundle
@@ -79,8 +79,9 @@ def machine() -> str:
 def table(name: str, found: list[Measured]) -> str:
     """Rows of engines: tokens a second, best and median, session start, memory, and the floor of a decoded token."""
     gbs = bandwidth() / 1e9
-    head = ("tokens/s: best (median)", "pp512", "tg, 128 cached", "tg, 2048", "tg, 8192")
-    lines = [row(*head, "start, s", "peak, GB", "floor, ms", "of floor"), row(*["---"] * 9)]
+    head = ("tokens/s: best (median)", *(f"tg, {held} cached" if held else f"pp{new}" for held, new in CASES))
+    head = (*head, "start, s", "peak, GB", "floor, ms", "of floor")
+    lines = [row(*head), row(*["---"] * len(head))]
     lines += [row(one.name, *one.cells(gbs)) for one in found]
     return "\n".join([*lines, "", f"Read bandwidth of {THREADS} threads: {gbs:.1f} GB/s."])
 

@@ -97,6 +97,7 @@ class Child:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
         self._process.start()
+        theirs.close()  # so that the end of a process is noticed
         self.load_s, self.note = self._pipe.recv()
 
     def time(self, held: int, new: int, steps: int, limit_s: float | None = None) -> list[float]:

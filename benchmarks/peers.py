@@ -19,10 +19,8 @@ from v4export.plan.reads import Reads, reads
 from v4export.precision import precision
 from v4export.runtime.bandwidth import read_bandwidth
 
-#: Cached and new tokens of each column; the first is a prompt.
+#: Cached and new tokens of each column: a prompt, then decoded tokens, of the first of which the floor is told.
 CASES = ((0, CHUNK), (128, 1), (2048, 1), (8192, 1))
-#: The column whose floor is told.
-_FLOOR = CASES[1]
 #: Bytes of a number in GGUF's types: blocks of 32 share a float16.
 _GGUF_BYTES = {"f32": 4.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
@@ -64,7 +62,7 @@ class Measured:
             return [self.failed, *[""] * (len(CASES) + 3)]
         rates = [[new / s for s in self.seconds[held, new]] for held, new in CASES]
         floor_ms = self.reads / gbs / 1e6
-        share = floor_ms / (float(np.median(self.seconds[_FLOOR])) * 1e3)
+        share = floor_ms / (float(np.median(self.seconds[CASES[1]])) * 1e3)
         return [
             *(f"{max(each):.1f} ({np.median(each):.1f})" for each in rates),
             f"{np.median(self.start_s):.1f}",
@@ -137,7 +135,7 @@ def _llama(name: str, config: ModelConfig, source: Path, here: Path) -> list[Eng
 
 
 def _read(config: ModelConfig, recipe: str) -> Reads:
-    return reads(config, precision(recipe, config), _FLOOR[0], on_cpu=True, kernels=True)
+    return reads(config, precision(recipe, config), CASES[1][0], on_cpu=True, kernels=True)
 
 
 def measured(engines: list[Engine], rounds: int, steps: int, compile_limit_s: float) -> list[Measured]:

@@ -31,7 +31,8 @@ TINY_V4 = presets.load("tiny-v4")
 # llama.cpp rotates index keys 64 numbers at a time.
 V4 = replace(
     TINY_V4, yarn=None, dtype="float32", hidden_size=128, q_lora_rank=64, moe_intermediate_size=64,
-    num_mtp_layers=0, compressed=replace(TINY_V4.compressed, head_dim=64), indexer=replace(TINY_V4.indexer, head_dim=64),
+    num_mtp_layers=0, compressed=replace(TINY_V4.compressed, head_dim=64),
+    indexer=replace(TINY_V4.indexer, head_dim=64),
 )  # fmt: skip
 MODELS = {"V3": V3, "V4": V4}
 IDS = np.random.default_rng(0).integers(3, 300, 200)

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,19 +47,6 @@ def key_of(manifest: Mapping[str, Any], **options: Any) -> str:
     said["checkpoint"] = {key: value for key, value in manifest["checkpoint"].items() if key != "path"}
     said["scales"] = manifest["files"].get(SCALES)
     return hashlib.sha256(json.dumps([_FORMAT, said, options], sort_keys=True).encode()).hexdigest()
-
-
-class Resumes(Protocol):
-    """What an executor has besides, whose states can be gone on with from a file (``GraphExecutor``)."""
-
-    config: ModelConfig
-
-    @property
-    def activations(self) -> np.dtype:
-        """Type of rows that have none of their own."""
-
-    def history_of(self, tokens: np.ndarray) -> np.ndarray | None:
-        """What look-ups know of tokens [N] of one sequence; None where nothing is looked up."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +203,7 @@ class CachedPrompt:
     """An executor (``generate.Executor``) for one sequence that begins with a prompt.
 
     Attributes:
-        executor: that runs what is not held.
+        executor: a ``GraphExecutor``, that runs what is not held.
         cache: the file.
         prompt: its tokens.
         held: what the file holds; None where there is none.

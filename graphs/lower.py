@@ -53,7 +53,7 @@ def lower_for_cpu(path: Path, repacking: Repacking | None = None, base: Path | N
 
 
 def lower_for_kernels(path: Path) -> ir.Model:
-    """The portable graph for onnxruntime on a CPU with this project's kernels, which read weights as they are stored."""
+    """The portable graph for onnxruntime with this project's kernels on a CPU, which read weights as stored."""
     model = ir.load(path)
     group_experts(model, lambda node: not takes_experts(node))
     cpu_kernels(model)

@@ -76,7 +76,9 @@ class _Weight:
 def _weight(gemm: ir.Node) -> _Weight | None:
     """What a Gemm multiplies by, if that is a stored matrix that a kernel can read."""
     a, value = gemm.attributes, gemm.inputs[1]
-    plain = a["transB"].as_int() == 1 and not a["transA"].as_int() and a["alpha"].as_float() == a["beta"].as_float() == 1
+    plain = (
+        a["transB"].as_int() == 1 and not a["transA"].as_int() and a["alpha"].as_float() == a["beta"].as_float() == 1
+    )
     if value is None or not plain:
         return None
     if value.is_initializer():
@@ -138,4 +140,3 @@ def _readable(graph: ir.Graph, matrix: ir.Value) -> ir.Value:
 def _rounding(node: ir.Node) -> str:
     dtype = node.outputs[0].dtype
     return "" if dtype is None else _ROUNDINGS.get(dtype, "")
-

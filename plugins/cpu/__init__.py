@@ -1,4 +1,4 @@
-"""Kernels for onnxruntime on a CPU: compiled by this machine's C++ compiler for what the machine has, when first asked for.
+"""Kernels for onnxruntime on a CPU, compiled when first asked for, by and for the machine that they run on.
 
 The same nodes run without them, by their bodies or as ``graphs/lower.py`` rewrites them.
 """
@@ -17,8 +17,17 @@ from v4export.plugins.kernels.store import stored
 
 _HERE = Path(__file__).parent
 _SOURCES = sorted([*_HERE.glob("*.hpp"), *_HERE.glob("*.cpp")])
-#: GCC takes its own headers' undefined vectors for a mistake.
-_OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized")
+#: Of the compiler. GCC takes its own headers' undefined vectors for a mistake.
+OPTIONS = (
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+)
 
 
 @dataclass(frozen=True)
@@ -75,13 +84,13 @@ def library(target: Target | None = None) -> Path:
         RuntimeError: there is no C++ compiler, or it cannot compile them.
     """
     target = target or best_target()
-    text = "\0".join([platform.machine(), *_OPTIONS, *target.options, *(path.read_text() for path in _SOURCES)])
+    text = "\0".join([platform.machine(), *OPTIONS, *target.options, *(path.read_text() for path in _SOURCES)])
 
     def compile_to(path: Path) -> None:
         found = compiler()
         if found is None:
             raise RuntimeError("no C++ compiler was found: install g++ or clang++, or set CXX")
-        command = [found, *_OPTIONS, *target.options, str(_HERE / "library.cpp"), "-o", str(path)]
+        command = [found, *OPTIONS, *target.options, str(_HERE / "library.cpp"), "-o", str(path)]
         done = subprocess.run(command, text=True, capture_output=True)
         if done.returncode:
             raise RuntimeError(f"{found} cannot compile {_HERE / 'library.cpp'}:\n{done.stderr[-4000:]}")

@@ -23,7 +23,7 @@ struct Segment {
     const ort::Shape shape(value);
     format = format_of(shape.type);
     count = shape.dims[1];
-    stride = shape.dims[2] * with_format(format, [](auto f) { return decltype(f)::bytes(1); });
+    stride = shape.dims[2] * with_plain(format, [](auto f) { return decltype(f)::bytes(1); });
   }
 
   // Rows first <= i < last of sequence b, if there are any.
@@ -97,7 +97,7 @@ void add_tile(const uint8_t* const* rows, int64_t count, const float* const* que
   Matrix keys;
   keys.rows = rows;
   keys.width = width;
-  products<F, false>(keys, 0, count, queries, heads, scores.data(), kTile);
+  products<F>(keys, 0, count, queries, heads, scores.data(), kTile);
   for (int64_t h = 0; h < heads; h++) {
     float* p = scores.data() + h * kTile;
     const float before = to.greatest[h], now = std::max(before, *std::max_element(p, p + count));
@@ -127,7 +127,7 @@ inline void add_rows(const std::vector<Span>& spans, int64_t first, int64_t last
   Format format = Format::kFloat32;
   auto flush = [&] {
     if (count)
-      with_format(format, [&](auto f) { add_tile<decltype(f)>(rows, count, queries, heads, width, value_width, to); });
+      with_plain(format, [&](auto f) { add_tile<decltype(f)>(rows, count, queries, heads, width, value_width, to); });
     count = 0;
   };
   for (const Span& span : spans) {

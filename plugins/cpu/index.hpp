@@ -13,9 +13,9 @@ constexpr int64_t kLine = 1024;  // keys of a task
 // Scores of all keys that tokens see, by number; -INFINITY for those that are left out.
 class Scores {
  public:
-  // `blocks` are those whose keys are scored, [M, each]; all keys where there are none.
+  // `blocks` are those whose keys are scored, [M, each]; all keys where `each` is negative.
   Scores(ort::Context* context, size_t position, int64_t ratio, float scale, const int64_t* blocks = nullptr,
-         int64_t each = 0, int64_t block_size = 1)
+         int64_t each = -1, int64_t block_size = 1)
       : fresh(ort::input(context, 2)), held(ort::input(context, 3)) {
     const ort::Shape q(ort::input(context, 0));
     tokens = q.dims[0];
@@ -38,7 +38,7 @@ class Scores {
     ort::parallel(context, tasks.size(), [&](size_t i) {
       const Task& task = tasks[i];
       const int64_t b = task.token / steps, before = at[b] / ratio;
-      std::vector<char> wanted(task.last - task.first, !blocks);
+      std::vector<char> wanted(task.last - task.first, each < 0);
       for (int64_t j = 0; j < each; j++) {
         const int64_t block = blocks[task.token * each + j];
         if (block < 0) continue;
@@ -49,7 +49,7 @@ class Scores {
       for (int64_t h = 0; h < heads; h++) q_rows[h] = queries + (task.token * heads + h) * width;
       for (bool is_held : {true, false}) {
         const int64_t from = is_held ? task.first : std::max(task.first, before);
-        const int64_t to = is_held ? std::min(task.last, before) : task.last;
+        const int64_t to = is_held ? std::min({task.last, before, held.count}) : task.last;
         const Segment& segment = is_held ? held : fresh;
         const uint8_t* rows[attention::kTile];
         int64_t numbers[attention::kTile], count = 0;
@@ -80,8 +80,8 @@ class Scores {
     Matrix keys;
     keys.rows = rows;
     keys.width = width;
-    with_format(format, [&](auto f) {
-      products<decltype(f), false>(keys, 0, count, queries.data(), heads, dots.data(), attention::kTile);
+    with_plain(format, [&](auto f) {
+      products<decltype(f)>(keys, 0, count, queries.data(), heads, dots.data(), attention::kTile);
     });
     for (int64_t t = 0; t < count; t++) {
       float total = 0;

@@ -49,7 +49,7 @@ class Linear {
 
   // Some of a vector of any plain format.
   static Floats numbers(const ort::Value* vector, int64_t first, int count) {
-    return with_format(format_of(ort::Shape(vector).type), [&](auto format) {
+    return with_plain(format_of(ort::Shape(vector).type), [&](auto format) {
       using F = decltype(format);
       uint8_t padded[kLanes * 4] = {};
       std::memcpy(padded, ort::bytes(vector) + F::bytes(first), F::bytes(count));

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
+#include <iterator>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -115,12 +117,26 @@ T* output(Context* context, size_t index, std::initializer_list<int64_t> dims) {
   return reinterpret_cast<T*>(const_cast<uint8_t*>(bytes(found)));
 }
 
-// Runs task(0) .. task(count - 1) by the session's threads.
+// Runs task(0) .. task(count - 1) by the session's threads. What a task throws is thrown here, when all have ended.
 template <class Task>
 void parallel(const Context* context, size_t count, const Task& task) {
   if (count == 1) return task(0);
-  void (*run)(void*, size_t) = [](void* one, size_t index) { (*static_cast<const Task*>(one))(index); };
-  check(call<Status*>(274, context, run, count, size_t{0}, const_cast<void*>(static_cast<const void*>(&task))));
+  struct All {
+    const Task& task;
+    std::mutex mutex;
+    std::exception_ptr error;
+  } all{task, {}, {}};
+  void (*run)(void*, size_t) = [](void* given, size_t index) {
+    All& all = *static_cast<All*>(given);
+    try {
+      all.task(index);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(all.mutex);
+      all.error = std::current_exception();
+    }
+  };
+  check(call<Status*>(274, context, run, count, size_t{0}, static_cast<void*>(&all)));
+  if (all.error) std::rethrow_exception(all.error);
 }
 
 struct CustomOp {

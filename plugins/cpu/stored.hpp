@@ -1,6 +1,7 @@
 // Weights as they lie in a checkpoint's file.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -19,14 +20,23 @@ inline Format format_of(ort::Type type) {
   }
 }
 
+// Of numbers that have no multipliers.
 template <class Action>
-auto with_format(Format format, const Action& action) {
+auto with_plain(Format format, const Action& action) {
   switch (format) {
     case Format::kFloat32: return action(Float32{});
     case Format::kBfloat16: return action(Bfloat16{});
     case Format::kFloat16: return action(Float16{});
+    default: throw std::invalid_argument("numbers of eight or four bits need multipliers");
+  }
+}
+
+template <class Action>
+auto with_format(Format format, const Action& action) {
+  switch (format) {
     case Format::kE4M3: return action(E4M3{});
-    default: return action(E2M1{});
+    case Format::kE2M1: return action(E2M1{});
+    default: return with_plain(format, action);
   }
 }
 
@@ -88,7 +98,8 @@ inline void multiply(const Stored& w, int64_t first, int64_t last, const float* 
     using F = decltype(format);
     for (int64_t n = first; n < last; n++) rows[n - first] = w.data + n * F::bytes(m.width);
     m.rows = rows.data();
-    if (!w.scale) return products<F, false>(m, 0, last - first, vectors, count, out + first, stride);
+    if constexpr (!F::kScaled) return products<F>(m, 0, last - first, vectors, count, out + first, stride);
+    if (!w.scale) throw std::invalid_argument("a matrix of eight or four bits has no multipliers");
     m.block = w.block();
     const int64_t blocks = (m.width + m.block - 1) / m.block, from = first / w.form.block_rows;
     const int64_t lines = (last - 1) / w.form.block_rows + 1 - from;
@@ -97,7 +108,7 @@ inline void multiply(const Stored& w, int64_t first, int64_t last, const float* 
     for (int64_t line = 0; line < lines; line++) w.multipliers(from + line, grid.data() + line * blocks, blocks);
     for (int64_t n = first; n < last; n++) multipliers[n - first] = grid.data() + (n / w.form.block_rows - from) * blocks;
     m.multipliers = multipliers.data();
-    products<F, true>(m, 0, last - first, vectors, count, out + first, stride);
+    products<F>(m, 0, last - first, vectors, count, out + first, stride);
   });
 }
 

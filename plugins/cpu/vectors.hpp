@@ -53,10 +53,13 @@ inline Floats load_first(const float* from, int count) {
 
 inline void store_first(float* to, Floats value, int count) { std::memcpy(to, &value, count * sizeof(float)); }
 
+// Four lanes at a time: one after another would take as long as a short row itself.
 inline float sum(Floats value) {
-  float total = 0;
-  for (int lane = 0; lane < kLanes; lane++) total += value[lane];
-  return total;
+  typedef float Four __attribute__((vector_size(16)));
+  Four parts[kLanes / 4];
+  std::memcpy(parts, &value, sizeof value);
+  for (int i = 1; i < kLanes / 4; i++) parts[0] += parts[i];
+  return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
 
 // Lanes of a where the mask has ones, of b where it has zeros.
@@ -77,16 +80,18 @@ inline Floats exp(Floats x) {
   return as<Floats>(as<Ints>(p) + exponent);
 }
 
-// --- formats: how many bytes `count` numbers take, and the vector of numbers that starts at some bytes. A number is the
-// format's times kUnit.
+// --- formats: how many bytes `count` numbers take, the vector of numbers that starts at some bytes, of which each means
+// kUnit as much, and whether they have multipliers.
 
 struct Float32 {
+  static constexpr bool kScaled = false;
   static constexpr float kUnit = 1;
   static constexpr int64_t bytes(int64_t count) { return 4 * count; }
   static Floats widen(const uint8_t* from) { return read<Floats>(from); }
 };
 
 struct Bfloat16 {
+  static constexpr bool kScaled = false;
   static constexpr float kUnit = 1;
   static constexpr int64_t bytes(int64_t count) { return 2 * count; }
   static Floats widen(const uint8_t* from) {
@@ -108,35 +113,51 @@ inline Floats widen_halves(Halves from) {
 }
 
 struct Float16 {
+  static constexpr bool kScaled = false;
   static constexpr float kUnit = 1;
   static constexpr int64_t bytes(int64_t count) { return 2 * count; }
   static Floats widen(const uint8_t* from) { return widen_halves(read<Halves>(from)); }
 };
 
-// Sign, four bits of exponent, three of mantissa: a float16 of an exponent 8 too small.
+// Sign, four bits of exponent, three of mantissa: a float16 of an exponent 8 too small. Extending the sign puts it in place.
 struct E4M3 {
+  static constexpr bool kScaled = true;
   static constexpr float kUnit = 256;
   static constexpr int64_t bytes(int64_t count) { return count; }
   static Floats widen(const uint8_t* from) {
-    const Halves wide = __builtin_convertvector(read<Bytes>(from), Halves);
-    return widen_halves((wide & 0x80) << 8 | (wide & 0x7f) << 7);
+    const Halves wide = as<Halves>(__builtin_convertvector(read<Signed>(from), LanesOf<int16_t>::type));
+    return widen_halves(wide << 7 & 0xbfff);
   }
 };
 
-// Two numbers a byte, the even one in the low bits; a table has twice what they mean.
+// Two numbers a byte, the even one in the low bits.
 struct E2M1 {
-  static constexpr float kUnit = 0.5f;
+  static constexpr bool kScaled = true;
+  static constexpr float kUnit = 1;
   static constexpr int64_t bytes(int64_t count) { return (count + 1) / 2; }
   static Floats widen(const uint8_t* from) {
-    typedef uint8_t Table __attribute__((vector_size(16)));
-    const Table twice = {0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244};
-    Table pairs{};
-    std::memcpy(&pairs, from, kLanes / 2);
-    const Table order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    const Table numbers = __builtin_shuffle(twice, __builtin_shuffle(pairs & 15, pairs >> 4, order));
-    Signed first;
-    std::memcpy(&first, &numbers, sizeof first);
-    return __builtin_convertvector(__builtin_convertvector(first, Ints), Floats);
+    // Each byte alone in 64 bits, then its high half moved into the upper 32 of them.
+    typedef uint64_t Wide __attribute__((vector_size(kLanes * 4)));
+#if defined(__AVX512F__)
+    const Wide pairs = (Wide)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from));
+#else
+    typedef uint8_t Pairs __attribute__((vector_size(kLanes / 2)));
+    const Wide pairs = __builtin_convertvector(read<Pairs>(from), Wide);
+#endif
+    return number(as<Ints>((pairs | pairs << 28) & 0x0000000f0000000f));
+  }
+
+ private:
+  static Floats number(Ints code) {
+#if defined(__AVX512F__)
+    const __m512 table = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6);
+    return (Floats)_mm512_permutexvar_ps((__m512i)code, table);
+#else
+    // Above one half, exponent and mantissa are those of a float of an exponent 126 too small.
+    const Ints magnitude = code & 7, sign = (code & 8) << 28;
+    const Floats large = as<Floats>((magnitude << 22) + (126 << 23)), small = all(0.5f) * __builtin_convertvector(magnitude, Floats);
+    return as<Floats>(as<Ints>(choose(magnitude > 1, large, small)) | sign);
+#endif
   }
 };
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import onnx
@@ -10,6 +10,7 @@ import onnx.inliner
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from v4export.graphs.passes.cpu_kernels import KERNELS, cpu_kernels, takes_experts
 from v4export.graphs.passes.expand_prefill import expand_prefill
 from v4export.graphs.passes.group_experts import group_experts
 from v4export.graphs.passes.nbits_experts import nbits_experts
@@ -49,6 +50,17 @@ def lower_for_cpu(path: Path, repacking: Repacking | None = None, base: Path | N
         common.InlinePass(lambda function: packed or function.name != BLOCK_DEQUANTIZE)(model)
     unpack_fp4(model)
     return _carried_in_float32(model)
+
+
+def lower_for_kernels(path: Path) -> ir.Model:
+    """The portable graph for onnxruntime with this project's kernels on a CPU, which read weights as stored."""
+    model = ir.load(path)
+    group_experts(model, lambda node: not takes_experts(node))
+    cpu_kernels(model)
+    expand_prefill(model)
+    common.InlinePass()(model)
+    unpack_fp4(model)
+    return _carried_in_float32(model, KERNELS)
 
 
 def bodies_for_cpu(graph: Path | onnx.ModelProto) -> ir.Model:
@@ -111,10 +123,10 @@ def _narrow(model: ir.Model) -> bool:
     return any(output.dtype in NARROW for node in model.graph for output in node.outputs)
 
 
-def _carried_in_float32(model: ir.Model) -> ir.Model:
+def _carried_in_float32(model: ir.Model, kernels: Collection[str] = ()) -> ir.Model:
     """Where the graph computes in 16 bits: arithmetic in float32, rounded as the graph rounds. Bodies are inlined."""
     common.RemoveUnusedNodesPass()(model)
     if _narrow(model):
         infer_types(model)
-        widen(model)
+        widen(model, kernels)
     return model

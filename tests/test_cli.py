@@ -77,12 +77,12 @@ ENGINE = [
     "--verbose",
 ]
 #: What scripts rely on: verb -> arguments, options.
-EXECUTOR = ["--executor", "--cuda-graphs", "--no-cuda-graphs", "--no-check"]
+EXECUTOR = ["--executor", "--cuda-graphs", "--no-cuda-graphs", "--no-check", "--kernels", "--no-kernels"]
 SURFACE = {
     "build": (["model"], [*EXPORT, *ENGINE, "--no-engine", "--no-verify", "--device", "--from"]),
     "export": (["model"], EXPORT),
     "engine": (["bundle"], [*ENGINE, "--refit-from", "--json", "--quiet", "-q"]),
-    "verify": (["bundle"], ["--checkpoint", "--decode", "--device", "--json", "--quiet", "-q"]),
+    "verify": (["bundle"], ["--checkpoint", "--decode", "--device", "--json", "--kernels", "--quiet", "-q"]),
     "bisect": (
         ["subject"],
         [

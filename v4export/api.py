@@ -144,6 +144,7 @@ def bench(
     device: str = "cpu",
     executor: str = ONNXRUNTIME,
     cuda_graphs: bool = True,
+    kernels: bool = False,
     check_files: bool = True,
     stages: Stages | None = None,
 ) -> Speed:
@@ -157,7 +158,7 @@ def bench(
     bundle = Bundle.open(Path(folder)).checked(check_files)
     if device not in ("cpu", "cuda"):
         raise BadInput(f"--device {device} is not here to be measured", fix="give cpu or cuda, or --simulate N")
-    opened = Choice(executor, device, threads, cuda_graphs=cuda_graphs).open(bundle)
+    opened = Choice(executor, device, threads, cuda_graphs=cuda_graphs, kernels=kernels).open(bundle)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repetitions": repetitions}
     with (stages or Stages(quiet=True)).stage("bench", repetitions * (prompt_tokens + new_tokens)) as advance:
         speed = measure(opened, bundle.config.vocab_size, advance=advance, **sizes)
@@ -236,6 +237,7 @@ def verify(
     *,
     checkpoint: str | Path | None = None,
     device: str = "cpu",
+    kernels: bool = False,
     prompts: Sequence[Sequence[int]] | None = None,
     decode: int = 32,
     stages: Stages | None = None,
@@ -247,6 +249,7 @@ def verify(
         folder: of the bundle.
         checkpoint: where its checkpoint is now, if it has moved.
         device: ``cpu`` or ``cuda``.
+        kernels: check as well what this project's kernels for a CPU make of the graph.
         prompts: token ids; built-in text unless given.
         decode: tokens to decode after each prompt.
         stages: shows progress and collects costs.
@@ -259,7 +262,7 @@ def verify(
     bundle = Bundle.open(Path(folder))
     opened, account = checkpoint_of(bundle, checkpoint, stages)
     words = token_map_of(bundle.config, opened.directory)
-    how = {"token_map": words, "device": device, "prompts": prompts, "decode": decode}
+    how = {"token_map": words, "device": device, "kernels": kernels, "prompts": prompts, "decode": decode}
     return verified(bundle, account, stages, on_boundary, **how)
 
 

@@ -46,6 +46,7 @@ def run(
     device: str = "cpu",
     executor: str = ONNXRUNTIME,
     cuda_graphs: bool = True,
+    kernels: bool = False,
     check_files: bool = True,
     prompt_cache: Path | None = None,
     prompt_cache_all: bool = False,
@@ -55,7 +56,7 @@ def run(
     """Generate text from a bundle; ``on_text`` is told text as it comes.
 
     What runs it is an ``executor`` of ``v4export.runtime.executors``: onnxruntime on a ``device``, or TensorRT, whose
-    engines the bundle has, with or without ``cuda_graphs``.
+    engines the bundle has, with or without ``cuda_graphs``. With ``kernels``, onnxruntime on a CPU runs this project's.
 
     With ``chat``, the prompt is a question, and with ``messages``, a JSON file of them, a conversation goes on: by the
     checkpoint's chat template, or its family's; ``thinking`` lets the model reason first. The result has an ``answer``.
@@ -84,7 +85,7 @@ def run(
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     tokenizer = load_tokenizer(bundle.folder)
     generation = run_text(
-        Choice(executor, device, threads, accuracy_level, cuda_graphs).open(bundle),
+        Choice(executor, device, threads, accuracy_level, cuda_graphs, kernels).open(bundle),
         tokenizer,
         text,
         max_new_tokens=max_new_tokens,
@@ -151,6 +152,7 @@ def package(
     device: str = "cpu",
     executor: str = ONNXRUNTIME,
     cuda_graphs: bool = True,
+    kernels: bool = False,
     check_files: bool = True,
     slots: int = Limits.slots,
     queue: int = Limits.queue,
@@ -167,6 +169,7 @@ def package(
         device: that onnxruntime runs on in the server.
         executor: a name of ``v4export.runtime.executors``.
         cuda_graphs: whether TensorRT's decode steps are replayed as CUDA graphs.
+        kernels: whether onnxruntime on a CPU runs this project's own there.
         check_files: whether the server compares files with the manifest's hashes whenever it loads the model; they are
             compared here in any case.
         slots: sequences that get tokens at the same time.
@@ -182,7 +185,7 @@ def package(
         Bundle.open(Path(folder)),
         Path(out),
         name=name,
-        choice=Choice(executor, device, threads, cuda_graphs=cuda_graphs),
+        choice=Choice(executor, device, threads, cuda_graphs=cuda_graphs, kernels=kernels),
         limits=Limits(slots, queue, chunk),
         check_files=check_files,
         max_tokens=max_tokens,

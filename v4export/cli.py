@@ -306,6 +306,7 @@ def engine(bundle: Path, refit_from: Path | None, as_json: bool, quiet: bool, ve
     "--decode", type=click.IntRange(0), default=32, show_default=True, help="Tokens to decode after a prompt."
 )
 @_device
+@click.option("--kernels", is_flag=True, help="Check as well what --kernels of run computes.")
 @json_option
 @quiet_option
 def verify(bundle: Path, as_json: bool, quiet: bool, **given: Any) -> None:

@@ -102,6 +102,12 @@ executor_options = options(
         help="Of tensorrt: launch all of a decode step at once.",
     ),
     click.option(
+        "--kernels/--no-kernels",
+        default=False,
+        show_default=True,
+        help="Of onnxruntime on a CPU: this project's own, compiled when first needed by the system's C++ compiler.",
+    ),
+    click.option(
         "--no-check",
         "check_files",
         flag_value=False,

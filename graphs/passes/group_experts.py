@@ -11,7 +11,7 @@ Experts in a narrow format are left to ``scaled_experts``, which widens those th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -23,9 +23,9 @@ from v4export.plugins.function_body import Body
 from v4export.plugins.moe_experts.onnx import PLAIN, input_scales, operands_of, swiglu
 
 
-def group_experts(model: ir.Model) -> bool:
-    """Replace every MoeExperts node in place; whether there was any."""
-    nodes = [node for node in model.graph if node.op_type == "MoeExperts"]
+def group_experts(model: ir.Model, wanted: Callable[[ir.Node], bool] = lambda _: True) -> bool:
+    """Replace every MoeExperts node that is wanted in place; whether there was any."""
+    nodes = [node for node in model.graph if node.op_type == "MoeExperts" and wanted(node)]
     for node in nodes:
         body = Body(f"{node.name}.")
         y = _grouped(body, node, model.graph)

@@ -8,7 +8,7 @@ CPU checks the precision that will run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -28,15 +28,18 @@ MOVES = frozenset(
 )  # fmt: skip
 
 
-def widen(model: ir.Model) -> bool:
-    """Rewrite the graph in place; functions must have been inlined and types inferred. Whether anything changed."""
-    widened = _Widen(model.graph)
+def widen(model: ir.Model, kernels: Collection[str] = ()) -> bool:
+    """Rewrite the graph in place; functions must have been inlined and types inferred. Whether anything changed.
+
+    ``kernels`` are operators that read inputs and initialisers of the graph as they are, and round by themselves.
+    """
+    widened = _Widen(model.graph, kernels)
     return widened.run()
 
 
 class _Widen:
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: ir.Graph, kernels: Collection[str]) -> None:
+        self.graph, self.kernels = graph, kernels
         #: The float32 stand-in of each 16-bit graph input or initialiser.
         self.stand_ins: dict[ir.Value, ir.Value] = {}
         self.changed = False
@@ -71,15 +74,18 @@ class _Widen:
             self._after(node, node.outputs[0], (ir.DataType.FLOAT,))
             return
         self._read_wide(node)
-        if narrow and node.op_type in MOVES:
+        if narrow and (node.op_type in MOVES or node.op_type in self.kernels):
             for output in node.outputs:
                 output.dtype = ir.DataType.FLOAT
         elif narrow:
             self._round(node, narrow)
 
     def _read_wide(self, node: ir.Node) -> None:
+        as_stored = node.op_type in self.kernels
         for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype in NARROW:
+            if value is None or (as_stored and value.producer() is None):
+                continue
+            if value.dtype in NARROW:
                 node.replace_input_with(index, self._wide(value))
                 self.changed = True
 

@@ -1,10 +1,11 @@
-"""Kernels, emulated on the CPU, beside their ops' eager reference in float32."""
+"""Kernels, those for GPUs emulated and those for CPUs as they are, beside their ops' eager reference in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import on_cpu
 import pytest
 import torch
 from kernel_comparison import NARROW, compare, widened
@@ -45,5 +46,9 @@ def check(
         dtype: of the activations.
         steps: how many roundings of half a step there are on the way.
     """
-    for got, wanted in run_both(op, kernels, args):
+    both = run_both(op, kernels, args)
+    for got, wanted in both:
         compare(got, wanted, dtype, steps)
+    if on_cpu.has_kernel(op):
+        for got, (_, wanted) in zip(on_cpu.run(op, args), both, strict=True):
+            compare(got, wanted, dtype, steps)

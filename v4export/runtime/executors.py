@@ -56,6 +56,7 @@ class Choice:
         threads: of onnxruntime; 0 lets it choose.
         accuracy_level: of onnxruntime's products with integers (``runtime.sessions.Running``).
         cuda_graphs: whether TensorRT's decode steps are replayed as CUDA graphs.
+        kernels: whether onnxruntime on a CPU runs this project's own (``plugins/cpu``).
         index: of the CUDA device that TensorRT runs on.
     """
 
@@ -64,12 +65,15 @@ class Choice:
     threads: int = 0
     accuracy_level: int = 0
     cuda_graphs: bool = True
+    kernels: bool = False
     index: int = 0
 
     def __post_init__(self) -> None:
         if self.executor not in EXECUTORS:
             known = ", ".join(EXECUTORS)
             raise BadInput(f"unknown executor {self.executor!r}", f"known: {known}", "choose one of them")
+        if self.kernels and self.runs_on != "cpu":
+            raise BadInput("these kernels are for a CPU", f"it is to run on {self.runs_on}", "leave --kernels out")
 
     @property
     def runs_on(self) -> str:
@@ -95,6 +99,7 @@ def _onnxruntime(bundle: Bundled, choice: Choice) -> Executor:
         max_seq_len=bundle.max_seq_len,
         device=choice.device,
         threads=choice.threads,
+        kernels=choice.kernels,
         accuracy_level=choice.accuracy_level,
         sharding=bundle.sharding,
     )

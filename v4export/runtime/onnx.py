@@ -36,6 +36,7 @@ class OnnxExecutor(GraphExecutor):
         threads: of onnxruntime; 0 lets it choose.
         prepack: let onnxruntime keep a copy of the weights in its kernels' layout: faster prefill, twice the memory.
         bodies: on a CPU, run the portable graph's own bodies in place of the fast copy.
+        kernels: on a CPU, run the portable graph by this project's own kernels.
         thought_taps: let thoughts also return the hidden states after each of their layers.
         accuracy_level: 0 multiplies integer matrices by activations as they are; 4 by activations in eight bits.
         sharding: how the bundle's model is shared among ranks, which all run here unless torchrun started each.
@@ -59,13 +60,14 @@ class OnnxExecutor(GraphExecutor):
         threads: int = 0,
         prepack: bool = True,
         bodies: bool = False,
+        kernels: bool = False,
         thought_taps: bool = False,
         accuracy_level: int = 0,
         sharding: Sharding | None = None,
         on_run: OnRun | None = None,
     ) -> None:
         super().__init__(folder, config, precision, max_seq_len)
-        how = Running(folder, device, threads, prepack, bodies, accuracy_level, on_run=on_run)
+        how = Running(folder, device, threads, prepack, bodies, kernels, accuracy_level, on_run=on_run)
         layers = range(config.state_layers)
         rows = {new_state_name(layer, t.name) for layer in layers for t in state_tensors(config, layer)}
         self._row_taps = [name for name in taps if name in rows]

@@ -17,8 +17,9 @@ import onnx_ir as ir
 from v4export.errors import BadInput, NotEnough, NotSupported, missing_package
 from v4export.graphs.admitted import admit
 from v4export.graphs.export import for_cpu
-from v4export.graphs.lower import bodies_for_cpu, with_bodies
+from v4export.graphs.lower import bodies_for_cpu, lower_for_kernels, with_bodies
 from v4export.graphs.passes.accuracy import LEVELS, set_accuracy
+from v4export.plugins.cpu import library
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -49,6 +50,7 @@ class Running:
         threads: of onnxruntime; 0 lets it choose.
         prepack: let onnxruntime keep a copy of the weights in its kernels' layout: faster prefill, twice the memory.
         bodies: on a CPU, run the portable graphs' own bodies in place of the fast copies.
+        kernels: on a CPU, run the portable graphs by this project's own kernels, which are compiled when first needed.
         accuracy_level: of products with integer matrices in the fast copies, by onnxruntime's numbers: 0 multiplies
             activations as they are, 4 rounds them to eight bits, which is faster and takes ``prepack``.
         log: least severity that onnxruntime's own log tells; 4 keeps even why a graph cannot run to the error raised.
@@ -60,6 +62,7 @@ class Running:
     threads: int = 0
     prepack: bool = True
     bodies: bool = False
+    kernels: bool = False
     accuracy_level: int = 0
     log: int = 3
     on_run: OnRun | None = None
@@ -133,7 +136,7 @@ def _address(array: np.ndarray) -> int:
 
 def graph_to_run(how: Running, name: str) -> onnx.ModelProto:
     """The form of a graph that a device runs, weights not loaded."""
-    fast = how.device == "cpu" and not how.bodies
+    fast = how.device == "cpu" and not how.bodies and not how.kernels
     graph = how.folder / (for_cpu(name) if fast else name)
     admit(graph)
     try:
@@ -141,6 +144,8 @@ def graph_to_run(how: Running, name: str) -> onnx.ModelProto:
             model = ir.load(graph)
             set_accuracy(model, how.accuracy_level)
             return ir.to_proto(model)
+        if how.kernels:
+            return ir.to_proto(lower_for_kernels(graph))
         return ir.to_proto(bodies_for_cpu(graph) if how.device == "cpu" else with_bodies(graph))
     except Exception as error:  # protobuf's own errors have no common base
         raise BadInput(f"cannot read {graph}", str(error), "build it again") from error
@@ -171,10 +176,19 @@ def _session(how: Running, model: onnx.ModelProto) -> Any:
         settings["session.disable_prepacking"] = "1"
     for key, value in settings.items():
         options.add_session_config_entry(key, value)
+    if how.kernels:
+        options.register_custom_ops_library(str(_kernels()))
     providers = list(dict.fromkeys([PROVIDERS[how.device], PROVIDERS["cpu"]]))
     own = [_PROVIDER_OPTIONS.get(name, {}) for name in providers]
     with _explained(how.folder), _experts_exact(how.accuracy_level == 0):
         return ort.InferenceSession(model.SerializeToString(), options, providers=providers, provider_options=own)
+
+
+def _kernels() -> Path:
+    try:
+        return library()
+    except RuntimeError as error:
+        raise NotSupported("there are no kernels for this CPU", str(error), "run it without --kernels") from error
 
 
 @contextlib.contextmanager

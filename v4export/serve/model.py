@@ -62,6 +62,7 @@ class Model:
             set_up["device"],
             int(set_up["threads"]),
             cuda_graphs=bool(int(set_up["cuda_graphs"])),
+            kernels=bool(int(set_up["kernels"])),
             # Triton starts an instance on every GPU, unless told which.
             index=int(args["model_instance_device_id"]),
         )

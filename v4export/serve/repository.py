@@ -101,6 +101,7 @@ def write_repository(
         "device": choice.runs_on,
         "threads": choice.threads,
         "cuda_graphs": int(choice.cuda_graphs),
+        "kernels": int(choice.kernels),
         "max_tokens": max_tokens,
         "check_files": int(check_files),
         **vars(limits),

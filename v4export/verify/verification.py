@@ -98,6 +98,7 @@ def verify_bundle(
     weights: dict[str, Weight],
     *,
     device: str = "cpu",
+    kernels: bool = False,
     token_map: np.ndarray | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     decode: int = 32,
@@ -109,6 +110,7 @@ def verify_bundle(
         bundle: with a graph.
         weights: of the audited checkpoint it was made from.
         device: ``cpu`` or ``cuda``.
+        kernels: run this project's kernels for a CPU as well, over the same prompts.
         token_map: token id -> compressed id of the checkpoint's tokenizer, for a model with Engram.
         prompts: tokens; text of several lengths unless given.
         decode: tokens to decode after each prompt.
@@ -121,10 +123,12 @@ def verify_bundle(
     references = _references(bundle, weights, token_map, scales)
     advance(references)
     batches = [[prompt] for prompt in prompts] + [list(prompts[:-1])] * (len(prompts) > 2)
-    executor = _executor(bundle, device, bodies=False)
-    recordings = [r for batch in batches for r in record(executor, config, batch, chunk=CHUNK, decode=decode)]
-    recordings += _past_the_decoder(executor, config, prompts, CHUNK, decode)
-    rows = _remembered(executor, bundle, prompts, CHUNK)
+    recordings, rows = [], []
+    for by_kernels in (False, True)[: 1 + kernels]:
+        executor = _executor(bundle, device, kernels=by_kernels)
+        recordings += [r for batch in batches for r in record(executor, config, batch, chunk=CHUNK, decode=decode)]
+        recordings += _past_the_decoder(executor, config, prompts, CHUNK, decode)
+        rows += _remembered(executor, bundle, prompts, CHUNK)
     bodies = device != "cpu" or (bodies_fit(bundle) and bundle.sharding is None)
     if device == "cpu" and bodies:
         executor = _executor(bundle, device, bodies=True)
@@ -133,7 +137,7 @@ def verify_bundle(
         few = [max(prompts, key=len)[:12]]
         recordings += _past_the_decoder(executor, config, few, BODIES_CHUNK, min(decode, 2))
         rows += _remembered(executor, bundle, few, BODIES_CHUNK)
-    # Of both forms of the graph, what is wrong.
+    # Of all forms of the graph, what is wrong.
     rows = sorted(rows, key=lambda one: one.ok)[:1]
     for one in rows:
         advance(one)
@@ -177,7 +181,7 @@ def bodies_fit(bundle: Bundle) -> bool:
     return (2 * stacks + gathered) * c.expert_parameters * 4 < psutil.virtual_memory().available // 2
 
 
-def _executor(bundle: Bundle, device: str, bodies: bool) -> OnnxExecutor:
+def _executor(bundle: Bundle, device: str, bodies: bool = False, kernels: bool = False) -> OnnxExecutor:
     return OnnxExecutor(
         bundle.folder,
         bundle.config,
@@ -187,6 +191,7 @@ def _executor(bundle: Bundle, device: str, bodies: bool) -> OnnxExecutor:
         taps=tap_names(bundle.config),
         prepack=False,
         bodies=bodies,
+        kernels=kernels,
         thought_taps=True,
         sharding=bundle.sharding,
     )

@@ -1,0 +1,138 @@
+// v4::MoeExperts: x [M, D] float32, weights [M, K] float32, indices [M, K] int64, E gates, E ups, E downs, then as many
+// multipliers and as many of theirs where there are any -> [M, D] float32, rounded where the node's own type is.
+#pragma once
+
+#include "stored.hpp"
+
+class MoeExperts {
+ public:
+  static constexpr const char* kName = "MoeExperts";
+  static constexpr ort::Type kOutputs[] = {ort::kFloat};
+
+  explicit MoeExperts(const ort::Info* info)
+      : experts_(ort::attribute(info, "num_experts")),
+        into_{ort::attribute(info, "inner"), ort::attribute(info, "width"), ort::attribute(info, "rows"),
+              ort::attribute(info, "columns")},
+        back_{into_.width, into_.rows, into_.block_rows, into_.block_columns},
+        limit_(ort::real(info, "limit")),
+        rounding_(rounding_of(ort::text(info, "activations"))) {}
+
+  void compute(ort::Context* context) {
+    const ort::Shape chosen(ort::input(context, 2));
+    const int64_t tokens = chosen.dims[0], each = chosen.dims[1];
+    float* y = ort::output<float>(context, 0, {tokens, into_.width});
+    if (!tokens) return;
+    const Order order(ort::data<int64_t>(context, 2), tokens * each, experts_);
+    const float* x = ort::data<float>(context, 0);
+    std::vector<const float*> from(tokens * each), inner(tokens * each);
+    std::vector<float> h(tokens * each * into_.rows), z(tokens * each * into_.width);
+    for (int64_t i = 0; i < tokens * each; i++) {
+      from[i] = x + order.slots[i] / each * into_.width;
+      inner[i] = h.data() + i * into_.rows;
+    }
+    run(context, order.visits, into_, [&](const Visit& visit, int64_t first, int64_t last) {
+      up(context, visit, first, last, from.data(), h.data());
+    });
+    run(context, order.visits, back_, [&](const Visit& visit, int64_t first, int64_t last) {
+      const Stored down = matrix(context, back_, 2 * experts_ + visit.expert);
+      float* out = z.data() + visit.begin * into_.width;
+      multiply(down, first, last, inner.data() + visit.begin, visit.end - visit.begin, out, into_.width);
+    });
+    mix(context, z.data(), order.places.data(), ort::data<float>(context, 1), tokens, each, y);
+  }
+
+ private:
+  // The tokens that chose an expert, by their places among slots in order of expert.
+  struct Visit {
+    int64_t expert, begin, end;
+  };
+
+  // Slots, which are pairs of a token and one of its choices, in order of expert.
+  struct Order {
+    std::vector<Visit> visits;
+    std::vector<int64_t> slots, places;  // slot by place in that order, place by slot
+
+    Order(const int64_t* indices, int64_t count, int64_t experts) : slots(count), places(count) {
+      std::vector<int64_t> begin(experts + 1);
+      for (int64_t i = 0; i < count; i++) begin[indices[i] + 1]++;
+      for (int64_t e = 0; e < experts; e++) {
+        if (begin[e + 1]) visits.push_back({e, begin[e], begin[e] + begin[e + 1]});
+        begin[e + 1] += begin[e];
+      }
+      for (int64_t i = 0; i < count; i++) {
+        places[i] = begin[indices[i]]++;
+        slots[places[i]] = i;
+      }
+    }
+  };
+
+  Stored matrix(const ort::Context* context, const Form& form, int64_t number) const {
+    const int64_t all = 3 * experts_, given = static_cast<int64_t>(ort::inputs(context));
+    auto of = [&](int64_t part) { return 3 + part * all < given ? ort::input(context, 3 + part * all + number) : nullptr; };
+    return Stored(form, of(0), of(1), of(2));
+  }
+
+  // Shares the rows of every visited expert's matrix out.
+  template <class Action>
+  void run(ort::Context* context, const std::vector<Visit>& visits, const Form& form, const Action& action) const {
+    struct Task {
+      const Visit* visit;
+      int64_t first, last;
+    };
+    std::vector<Task> tasks;
+    for (const Visit& visit : visits) {
+      const int64_t rows = share(form.rows, form.width, visit.end - visit.begin);
+      for (int64_t first = 0; first < form.rows; first += rows)
+        tasks.push_back({&visit, first, std::min(first + rows, form.rows)});
+    }
+    ort::parallel(context, tasks.size(), [&](size_t i) { action(*tasks[i].visit, tasks[i].first, tasks[i].last); });
+  }
+
+  // h[i][n] = silu(gate_n . x_i) * (up_n . x_i)
+  void up(ort::Context* context, const Visit& visit, int64_t first, int64_t last, const float* const* from, float* h) const {
+    thread_local std::vector<float> sums;
+    const int64_t count = visit.end - visit.begin, rows = last - first;
+    sums.resize(2 * count * rows);
+    float *gate = sums.data() - first, *up = gate + count * rows;
+    const float* const* vectors = from + visit.begin;
+    multiply(matrix(context, into_, visit.expert), first, last, vectors, count, gate, rows);
+    multiply(matrix(context, into_, experts_ + visit.expert), first, last, vectors, count, up, rows);
+    for (int64_t c = 0; c < count; c++) {
+      float* to = h + (visit.begin + c) * into_.rows;
+      for (int64_t n = first; n < last; n += kLanes) {
+        const int some = static_cast<int>(std::min<int64_t>(kLanes, last - n));
+        const Floats value = swiglu(load_first(gate + c * rows + n, some), load_first(up + c * rows + n, some));
+        store_first(to + n, value, some);
+      }
+    }
+  }
+
+  Floats swiglu(Floats gate, Floats up) const {
+    gate = rounded(gate, rounding_);
+    up = rounded(up, rounding_);
+    if (limit_ > 0) {
+      gate = least(gate, all(limit_));
+      up = most(least(up, all(limit_)), all(-limit_));
+    }
+    return rounded(gate / (1.0f + exp(-gate)) * up, rounding_);
+  }
+
+  // y[m] = sum over k of w[m, k] z[m, k]
+  void mix(ort::Context* context, const float* z, const int64_t* places, const float* weights, int64_t tokens, int64_t each,
+           float* y) const {
+    ort::parallel(context, tokens, [&](size_t m) {
+      for (int64_t d = 0; d < into_.width; d += kLanes) {
+        const int some = static_cast<int>(std::min<int64_t>(kLanes, into_.width - d));
+        Floats total{};
+        for (int64_t i = m * each; i < int64_t(m + 1) * each; i++)
+          total += weights[i] * rounded(load_first(z + places[i] * into_.width + d, some), rounding_);
+        store_first(y + m * into_.width + d, rounded(total, rounding_), some);
+      }
+    });
+  }
+
+  int64_t experts_;
+  Form into_, back_;  // of gates and ups, of downs
+  float limit_;
+  Rounding rounding_;
+};

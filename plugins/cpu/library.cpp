@@ -1,0 +1,25 @@
+// The operators, made known to onnxruntime under the names that graphs call them by.
+#include "attention.hpp"
+#include "experts.hpp"
+#include "index.hpp"
+#include "linear.hpp"
+
+const ort::Api* ort::api = nullptr;
+
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
+                                                                                 const ort::ApiBase* base) {
+  ort::api = base->get_api(ort::kVersion);
+  return ort::guarded([&] {
+    static ort::Domain* domain = [] {
+      ort::Domain* made = nullptr;
+      ort::check(ort::call<ort::Status*>(26, "v4", &made));
+      for (const ort::CustomOp* op :
+           {ort::op<Linear>(), ort::op<MoeExperts>(), ort::op<IndexSelect>(), ort::op<CandidateSelect>(), ort::op<IndexReselect>(), ort::op<Attention<LatentRows>>(),
+            ort::op<Attention<SparseLatentRows>>(), ort::op<Attention<WindowRows>>(), ort::op<Attention<CompressedRows>>(),
+            ort::op<Attention<SparseRows>>()})
+        ort::check(ort::add(made, op));
+      return made;
+    }();
+    ort::check(ort::call<ort::Status*>(28, options, domain));
+  });
+}

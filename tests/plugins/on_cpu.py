@@ -1,0 +1,112 @@
+"""Ops by this project's kernels for onnxruntime on a CPU: a graph of one node, which cannot run without them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+
+from v4export.graphs.passes.cpu_kernels import KERNELS, cpu_kernels
+from v4export.graphs.stamp import IR_VERSION
+from v4export.plugins import OPS
+from v4export.plugins.cpu import Target, library
+from v4export.plugins.function_body import OPSET, VERSION
+
+#: Of PyTorch's types that NumPy has not, what holds their bits and what they are.
+_BITS = {
+    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+    torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+    torch.float8_e8m0fnu: (torch.uint8, np.uint8),
+}
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def has_kernel(op: torch.library.CustomOpDef) -> bool:
+    """Whether there is one, in every form that the op has."""
+    return _of(op).op_type in KERNELS
+
+
+@functools.cache
+def _of(op: torch.library.CustomOpDef) -> Any:
+    return next(one for one in OPS if one.torch_op is op)
+
+
+def run(
+    op: torch.library.CustomOpDef, args: Sequence[Any], target: Target | None = None, without: str = ""
+) -> list[torch.Tensor]:
+    """The op's outputs, by a node ``without`` an attribute; the first argument is widened, as graphs carry it."""
+    x = args[0]
+    model = _model(_of(op), [x.float(), *args[1:]], x.dtype)
+    model.graph[0].attributes.pop(without, None)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 2, 3
+    options.register_custom_ops_library(str(library(target)))
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": x.float().numpy()})
+    return [torch.from_numpy(one).to(x.dtype if one.dtype == np.float32 else torch.int64) for one in found]
+
+
+def _model(custom: Any, args: Sequence[Any], dtype: torch.dtype) -> ir.Model:
+    """Every tensor but the first is stored in the graph."""
+    x, *stored = _arrays(args)
+    shape = ir.Shape([f"d{axis}" for axis in range(x.ndim)])
+    inputs = [ir.Value(name="x", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))]
+    for i, array in enumerate(stored):
+        tensor = ir.tensor(array, name=f"w{i}")
+        inputs.append(ir.Value(name=f"w{i}", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
+    scalars = [0.0 if a is None else a for a in args if not isinstance(a, torch.Tensor | list)]
+    names = [name for name in custom.attributes if name != "num_experts"]
+    attributes = dict(zip(_in_order(custom, names), scalars, strict=False))
+    if custom.op_type == "MoeExperts":
+        attributes["num_experts"] = len(args[3])
+    node = ir.Node(
+        "v4", custom.op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=len(custom.outputs)
+    )
+    for i, (value, dtype_of) in enumerate(zip(node.outputs, custom.outputs, strict=True)):
+        value.name, value.dtype = f"out{i}", dtype_of(node)
+        value.shape = ir.Shape([f"o{i}_{axis}" for axis in range(x.ndim if value.dtype == ir.DataType.FLOAT else 2)])
+    graph = ir.Graph(
+        inputs[:1], node.outputs, nodes=[node], initializers=inputs[1:], opset_imports={"": OPSET, "v4": VERSION},
+        name="one",
+    )  # fmt: skip
+    model = ir.Model(graph, ir_version=IR_VERSION)
+    assert cpu_kernels(model)
+    if dtype in _NARROW:
+        node.attributes["activations"] = ir.AttrString("activations", str(dtype).removeprefix("torch."))
+    return model
+
+
+def _in_order(custom: Any, names: Sequence[str]) -> list[str]:
+    """Names of attributes in the order of the op's arguments."""
+    arguments = [a.name for a in custom.torch_op._opoverload._schema.arguments]
+    return sorted(names, key=arguments.index)
+
+
+def _arrays(args: Sequence[Any]) -> Iterator[np.ndarray]:
+    lists = [one for one in args if isinstance(one, list)]
+    for one in args:
+        if isinstance(one, torch.Tensor):
+            yield _array(one)
+        elif isinstance(one, list):
+            # Matrices as graphs have them, with a leading 1; the first three lists are of matrices, packed or not.
+            is_packed = any(one is matrices for matrices in lists[:3])
+            for matrix in one:
+                yield _unpacked(matrix)[None] if is_packed and matrix.dtype == torch.uint8 else _array(matrix)[None]
+
+
+def _unpacked(packed: torch.Tensor) -> np.ndarray:
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    return codes.numpy().view(ml_dtypes.float4_e2m1fn)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype in _BITS:
+        held, dtype = _BITS[tensor.dtype]
+        return tensor.contiguous().view(held).numpy().view(dtype)
+    return tensor.contiguous().numpy()

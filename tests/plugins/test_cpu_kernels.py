@@ -1,0 +1,94 @@
+"""Kernels for a CPU: compiled for every target, alike on those that this machine has, and chosen by what it has."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+import torch
+from histories import Past
+from kernel_checks import needs_compiler
+from kernel_comparison import compare
+from on_cpu import run
+from test_attention_kernels import narrow
+from test_moe_experts_kernels import FORMS, arguments
+
+from v4export.plugins import cpu
+from v4export.plugins.index_select.op import index_select
+from v4export.plugins.latent_attention.op import latent_attention
+from v4export.plugins.moe_experts.op import moe_experts
+
+pytestmark = [needs_compiler, pytest.mark.slow]
+HERE = [target for target in cpu.TARGETS if target.needs <= cpu.features()]
+
+
+@pytest.mark.parametrize("target", cpu.TARGETS, ids=lambda one: one.name)
+def test_it_compiles_without_a_warning(target: cpu.Target, tmp_path: Path) -> None:
+    """For this machine's kind; what it has not is compiled and cannot be run."""
+    if not cpu.features():
+        pytest.skip("not a CPU that says what it has")
+    source = Path(cpu.__file__).with_name("library.cpp")
+    command = [
+        cpu.compiler(),
+        *cpu.OPTIONS,
+        *target.options,
+        "-O0",
+        "-Werror",
+        str(source),
+        "-o",
+        str(tmp_path / "a.so"),
+    ]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda one: one.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_targets_compute_alike(target: cpu.Target, dtype: torch.dtype) -> None:
+    past = Past.of([300, 7], 2)
+    rows = past.rows(56)
+    arrays = [past.queries(7, 56), past.new(rows), past.held(rows, 301), past.position]
+    args = [*narrow(arrays, dtype), 40, 0.3]
+    wide = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    compare(run(latent_attention, args, target)[0], latent_attention(*wide), dtype, 4 if dtype == torch.float32 else 2)
+    for form in FORMS:
+        args = arguments(form, (9, 4, 2, 160, 96), dtype)
+        wide = [w.float() if isinstance(w, torch.Tensor) and w.dtype == dtype else w for w in args]
+        if form == "plain":
+            wide[3:6] = [[w.float() for w in part] for part in args[3:6]]
+        wanted = moe_experts(*wide)
+        compare(run(moe_experts, args, target)[0], wanted, dtype, 8 if dtype == torch.float32 else 3)
+
+
+def test_the_best_target_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for target in cpu.TARGETS:
+        monkeypatch.setattr(cpu, "features", lambda has=target.needs: has)
+        assert cpu.best_target() is target
+    monkeypatch.setattr(cpu, "features", lambda: frozenset(("avx2", "fma")))
+    assert cpu.best_target().name == "generic"
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("V4EXPORT_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "compiler", lambda: None)
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
+        cpu.library()
+
+
+def test_a_node_without_an_attribute_is_an_error() -> None:
+    """What goes wrong inside comes out as onnxruntime's error, and the process lives."""
+    past = Past.of([3], 1)
+    rows = past.rows(8)
+    arrays = [past.queries(2, 8), past.normal(1, 2), past.new(rows), past.held(rows, 3), past.position]
+    args = [*map(torch.from_numpy, arrays), 2, 1, 0.5]
+    assert run(index_select, args)[0].shape == (1, 2)
+    with pytest.raises(Exception, match="top_k"):
+        run(index_select, args, without="top_k")
+
+
+def test_two_sessions_share_the_library() -> None:
+    for _ in range(2):
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(cpu.library()))

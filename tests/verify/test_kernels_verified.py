@@ -1,0 +1,74 @@
+"""verify --kernels: the portable graph by this project's kernels for a CPU, in every family and format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from v4export import api
+from v4export.graphs.lower import lower_for_kernels
+from v4export.graphs.passes.cpu_kernels import KERNELS
+from v4export.package.bundle import Bundle
+from v4export.plugins.kernels.emulate import compiler
+from v4export.runtime import sessions
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler")]
+
+#: A preset and a precision -> operators that have kernels then, besides Linear.
+WHAT = {
+    ("tiny-v2-lite", "fp16"): {"MoeExperts", "LatentAttention"},
+    ("tiny-v3.2", "bf16"): {"MoeExperts", "SparseLatentAttention", "IndexSelect"},
+    ("tiny-v4", "fp32"): {"MoeExperts", "WindowAttention", "CompressedAttention", "SparseAttention", "IndexSelect"},
+    ("tiny-v4.1", "bf16"): {
+        "MoeExperts", "WindowAttention", "SparseAttention", "IndexSelect", "CandidateSelect", "IndexReselect",
+    },
+    ("tiny-v4x", "fp32"): {"MoeExperts", "LatentAttention"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "precision"), WHAT)
+def test_random_models(random_bundle: Callable[[str, str], Bundle], preset: str, precision: str) -> None:
+    bundle = random_bundle(preset, precision)
+    assert kernels_of(bundle) == WHAT[preset, precision] | {"Linear"}
+    check(bundle)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8", "mxfp8", "mxfp4", "nvfp4"])
+def test_formats(exported: Callable[[str], Bundle], precision: str) -> None:
+    bundle = exported(precision)
+    assert kernels_of(bundle) == {"Linear", "LatentAttention", "MoeExperts"}
+    check(bundle)
+
+
+def test_integers_are_left_to_onnxruntime(exported: Callable[[str], Bundle]) -> None:
+    """int4 experts have no kernel; what is bfloat16 beside them has."""
+    assert "MoeExperts" not in kernels_of(exported("int4"))
+    check(exported("int4"))
+
+
+def test_a_kernel_that_computes_something_else_is_found(
+    exported: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(path: Path) -> ir.Model:
+        model = lower_for_kernels(path)
+        node = next(node for node in model.graph.all_nodes() if node.op_type == "LatentAttention")
+        node.attributes["scale"] = ir.AttrFloat32("scale", 1.01 * node.attributes["scale"].as_float())
+        return model
+
+    monkeypatch.setattr(sessions, "lower_for_kernels", wrong)
+    found = api.verify(exported("fp32").folder, kernels=True, decode=2)
+    assert not found.passed
+    assert api.verify(exported("fp32").folder, decode=2).passed
+
+
+def kernels_of(bundle: Bundle) -> set[str]:
+    model = lower_for_kernels(bundle.folder / "model.onnx")
+    assert not any(node.op_type in KERNELS and node.domain != "v4" for node in model.graph.all_nodes())
+    return {node.op_type for node in model.graph.all_nodes() if node.domain == "v4"}
+
+
+def check(bundle: Bundle) -> None:
+    api.verify(bundle.folder, kernels=True, decode=4).check()

@@ -66,7 +66,7 @@ def _bundle(model: str, here: Path) -> Path:
 def floor_ms(name: str, held: int) -> float:
     """Of one token behind so many."""
     config = SUBJECTS[LAYOUTS[name]][1]()
-    return 1e3 * reads(config, precision("fp32", config), held, on_cpu=True, kernels=False).total / bandwidth()
+    return 1e3 * reads(config, precision("fp32", config), held, widened=True, repacked=False).total / bandwidth()
 
 
 def drawn(least: dict[str, dict[int, float]]) -> str:

@@ -20,14 +20,21 @@ CHUNK = 512
 class Onnx:
     """onnxruntime over an exported bundle."""
 
-    def __init__(self, bundle: Path, prepack: bool, max_seq_len: int = MAX_SEQ_LEN, accuracy_level: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        prepack: bool,
+        max_seq_len: int = MAX_SEQ_LEN,
+        accuracy_level: int = 0,
+        kernels: bool = False,
+    ) -> None:
         from v4export.package.bundle import Bundle
         from v4export.runtime.onnx import OnnxExecutor
 
         b = Bundle.open(bundle)
         self.engine = OnnxExecutor(
             b.folder, b.config, b.precision, max_seq_len=max_seq_len, threads=THREADS, prepack=prepack,
-            accuracy_level=accuracy_level,
+            accuracy_level=accuracy_level, kernels=kernels,
         )  # fmt: skip
         self.vocabulary = b.config.vocab_size
         self.state: Any = None

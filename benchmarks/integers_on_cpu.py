@@ -50,10 +50,10 @@ class Case:
 CASES = (
     Case("fp32"),
     Case("bf16"),
-    Case("int8", kernels=False),
+    Case("int8", repacked=False),
     Case("int8"),
     Case("int8", level=4),
-    Case("int4", kernels=False),
+    Case("int4", repacked=False),
     Case("int4"),
     Case("int4", level=4),
 )
@@ -126,7 +126,7 @@ def differences(here: Path) -> list[str]:
 
 
 def _error(found: dict[str, np.ndarray], case: Case) -> str:
-    own, base = found[str(case)], found.get(str(Case(case.recipe, kernels=False)))
+    own, base = found[str(case)], found.get(str(Case(case.recipe, repacked=False)))
     if base is None or not case.kernels:
         return ""
     return f"{np.linalg.norm(own - base) / np.linalg.norm(base):.1e}"
@@ -135,7 +135,7 @@ def _error(found: dict[str, np.ndarray], case: Case) -> str:
 def active_bytes(recipe: str) -> float:
     """Bytes of weights that a token's products read, as they are kept for a CPU."""
     config = subject(EXPERTS)
-    return reads(config, precision(recipe, config), HELD, on_cpu=True, kernels=True).weights
+    return reads(config, precision(recipe, config), HELD, widened=True, repacked=True).weights
 
 
 if __name__ == "__main__":

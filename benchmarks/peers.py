@@ -21,6 +21,11 @@ from v4export.runtime.bandwidth import read_bandwidth
 
 #: Cached and new tokens of each column: a prompt, then decoded tokens, of the first of which the floor is told.
 CASES = ((0, CHUNK), (128, 1), (2048, 1), (8192, 1))
+#: Recipes of this project's, onnxruntime's accuracy level, and whether this project's kernels run them.
+OURS = (
+    *(("fp32", 0, False), ("int8", 4, False), ("int4", 4, False)),
+    *((recipe, 0, True) for recipe in ("fp32", "bf16", "fp8", "mxfp4")),
+)
 #: Bytes of a number in GGUF's types: blocks of 32 share a float16.
 _GGUF_BYTES = {"f32": 4.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
@@ -92,13 +97,13 @@ def _ours(name: str, config: ModelConfig, source: Path, here: Path) -> list[Engi
     from v4export import api
 
     found = []
-    for recipe, level in (("fp32", 0), ("int8", 4), ("int4", 4)):
+    for recipe, level, kernels in OURS:
         out = here / f"{name}-{recipe}"
         if not out.exists():
             api.export(source, out, precision=recipe, max_seq_len=MAX_SEQ_LEN, scan_values=False)
-        title = f"v4export, {recipe}" + (f", level {level}" if level else "")
-        nbytes = _read(config, recipe).total
-        found.append(Engine(title, Onnx, (out, True, MAX_SEQ_LEN, level), nbytes))
+        how = " --kernels" if kernels else f" --accuracy-level {level}" if level else ""
+        nbytes = _read(config, recipe, widened=not kernels).total
+        found.append(Engine(f"v4export, {recipe}{how}", Onnx, (out, True, MAX_SEQ_LEN, level, kernels), nbytes))
     return found
 
 
@@ -134,8 +139,8 @@ def _llama(name: str, config: ModelConfig, source: Path, here: Path) -> list[Eng
     return found
 
 
-def _read(config: ModelConfig, recipe: str) -> Reads:
-    return reads(config, precision(recipe, config), CASES[1][0], on_cpu=True, kernels=True)
+def _read(config: ModelConfig, recipe: str, widened: bool = True) -> Reads:
+    return reads(config, precision(recipe, config), CASES[1][0], widened=widened, repacked=True)
 
 
 def measured(engines: list[Engine], rounds: int, steps: int, compile_limit_s: float) -> list[Measured]:

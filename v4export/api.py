@@ -36,7 +36,7 @@ from v4export.package.whole import whole_folder
 from v4export.plan import foreseen
 from v4export.plan import verb as planning
 from v4export.plan.devices import named_device
-from v4export.plan.reads import has_kernels, reads
+from v4export.plan.reads import are_repacked, reads
 from v4export.plan.simulate import Simulation
 from v4export.progress import Stages, peak_memory_mib
 from v4export.repeating import Repeated, repeat
@@ -165,8 +165,8 @@ def bench(
     speed, floor = replace(speed, peak_mib=peak_memory_mib()), None
     if (executor, device) == (ONNXRUNTIME, "cpu"):
         context = prompt_tokens + new_tokens // 2
-        kernels = has_kernels(bundle.manifest["files"])
-        read = reads(bundle.config, bundle.precision, context, on_cpu=True, kernels=kernels)
+        held = {"widened": not kernels, "repacked": are_repacked(bundle.manifest["files"])}
+        read = reads(bundle.config, bundle.precision, context, **held)
         floor = Floor(read.weights, read.state, read_bandwidth(threads))
     return replace(speed, floor=floor)
 

@@ -9,7 +9,7 @@ import pytest
 from v4export import presets
 from v4export.checkpoint.count import parameter_counts
 from v4export.graphs.repacked import BITS
-from v4export.plan.reads import has_kernels, reads
+from v4export.plan.reads import are_repacked, reads
 from v4export.precision import precision
 
 FAMILIES = ("tiny-v2-lite", "tiny-v3", "tiny-v3.2", "tiny-v4", "tiny-v4.1", "tiny-v4x")
@@ -19,7 +19,7 @@ def of(preset: str, recipe: str, context: int = 0, **options):
     config = presets.load(preset)
     if recipe in BITS:  # whose blocks have 32 columns
         config = replace(config, q_lora_rank=64, intermediate_size=224, moe_intermediate_size=64)
-    return config, reads(config, precision(recipe, config), context, **{"on_cpu": True, "kernels": False, **options})
+    return config, reads(config, precision(recipe, config), context, **{"widened": True, "repacked": False, **options})
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "bf16"])
@@ -32,8 +32,8 @@ def test_plain_weights_are_read_in_float32(preset, recipe):
 
 
 def test_a_device_reads_what_is_stored():
-    found = of("tiny-v3", "bf16", on_cpu=False)[1]
-    plain = of("tiny-v3", "fp32", on_cpu=False)[1]
+    found = of("tiny-v3", "bf16", widened=False)[1]
+    plain = of("tiny-v3", "fp32", widened=False)[1]
     assert plain.weights == of("tiny-v3", "fp32")[1].weights
     # Routers' biases stay float32.
     assert plain.weights / 2 <= found.weights <= 1.01 * plain.weights / 2
@@ -49,12 +49,12 @@ def test_experts_in_narrow_formats_are_read_as_stored():
 
 def test_integers_as_kernels_read_them():
     found, without, plain = (
-        of("tiny-v3", recipe, kernels=kernels)[1].weights
-        for recipe, kernels in (("int4", True), ("int4", False), ("fp32", False))
+        of("tiny-v3", recipe, repacked=repacked)[1].weights
+        for recipe, repacked in (("int4", True), ("int4", False), ("fp32", False))
     )
     # Experts have 4 bits and a float32 for 32 numbers; other matrices eight, or as many as before.
     assert plain * 5 / 32 < found < without < plain
-    assert has_kernels({"weights/cpu-00001.safetensors": {}}) and not has_kernels({"weights/converted-00001": {}})
+    assert are_repacked({"weights/cpu-00001.safetensors": {}}) and not are_repacked({"weights/converted-00001": {}})
 
 
 def test_cached_rows_by_hand():

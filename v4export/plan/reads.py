@@ -35,16 +35,16 @@ class Reads:
         return self.weights + self.state
 
 
-def reads(config: ModelConfig, precision: Precision, context: int, *, on_cpu: bool, kernels: bool) -> Reads:
+def reads(config: ModelConfig, precision: Precision, context: int, *, widened: bool, repacked: bool) -> Reads:
     """What a token reads behind ``context`` cached ones.
 
     Args:
         config: the model.
         precision: its recipe.
         context: cached tokens.
-        on_cpu: whether onnxruntime runs it on a CPU, where matrices are widened when a graph is loaded; else they are
-            read as they are stored.
-        kernels: whether integer matrices were written once more for a CPU.
+        widened: whether onnxruntime's own kernels run it on a CPU, for which matrices are widened when a graph is
+            loaded; else they are read as they are stored.
+        repacked: whether integer matrices were written once more for those kernels.
     """
     weights = imagined(config)
     looked_up = ("engram_table", "hash_table", *(() if config.tie_word_embeddings else ("embedding",)))
@@ -55,24 +55,24 @@ def reads(config: ModelConfig, precision: Precision, context: int, *, on_cpu: bo
         if weight is None or weight.name.startswith("model.reasoning.") or weight.role in looked_up:
             continue
         share = config.experts_per_token / config.num_experts if weight.role == "expert" else 1.0
-        total += share * (_on_cpu(weight, precision, nbytes, kernels) if on_cpu else nbytes)
+        total += share * (_widened(weight, precision, nbytes, repacked) if widened else nbytes)
     itemsize = PLAIN[precision.activations].bits // 8
     layers = range(config.num_layers)
     rows = sum(count * size for i in layers for count, size, *_ in rows_read(config, i, context, itemsize))
     return Reads(total, rows)
 
 
-def _on_cpu(weight: Weight, precision: Precision, stored: int, kernels: bool) -> float:
+def _widened(weight: Weight, precision: Precision, stored: int, repacked: bool) -> float:
     """Bytes of a weight in onnxruntime: integers as its kernels read them, experts in narrow formats as stored, since
     they are widened when they are chosen, and all else in float32.
     """
     format = precision.format_of(weight.name, weight.role)
     numbers = math.prod(weight.shape)
-    if kernels and format.name in BITS:
+    if repacked and format.name in BITS:
         return numbers * (BITS[format.name] / 8 + _FLOAT32 / COLUMNS)
     return stored if weight.role == "expert" and format.scaled else _FLOAT32 * numbers
 
 
-def has_kernels(files: Mapping[str, object]) -> bool:
-    """Whether a bundle's files, by its manifest, have integer matrices for a CPU."""
+def are_repacked(files: Mapping[str, object]) -> bool:
+    """Whether a bundle's files, by its manifest, have integer matrices for onnxruntime's kernels."""
     return any(name.startswith("weights/cpu-") for name in files)

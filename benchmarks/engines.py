@@ -77,7 +77,8 @@ class Transformers:
         c = self.model.config
         self.cache = DynamicCache(config=c)
         if hasattr(c, "kv_lora_rank"):
-            for layer in range(c.num_hidden_layers if tokens else 0):
+            # Also none at all: a compiled model is compiled anew for each cache that has never had rows.
+            for layer in range(c.num_hidden_layers):
                 rows = [torch.randn(1, 1, tokens, width) for width in (c.kv_lora_rank, c.qk_rope_head_dim)]
                 self.cache.update(*rows, layer)
             return

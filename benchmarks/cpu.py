@@ -1,7 +1,7 @@
 """Export, prompts and decoding on a CPU beside transformers and llama.cpp, in one run, written into docs/benchmarks.md.
 
-Needs the extra ``bench``, 45 GB of disk (20 without the large model), 24 GB of memory, and a machine that does nothing
-else. Engines take turns, one loaded at a time, so that each has the memory and both threads for itself.
+Needs the extra ``bench``, 40 GB of disk (90 where all is kept), 24 GB of memory, and a machine that does nothing else.
+Engines take turns, one loaded at a time, so that each has the memory and both threads for itself.
 """
 
 from __future__ import annotations
@@ -42,15 +42,17 @@ def main(
     exporter_timeout: float,
     into: Path,
 ) -> None:
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        here = folder or Path(scratch)
-        here.mkdir(parents=True, exist_ok=True)
-        tables = [machine(), exports(checkpoint(here), Path(scratch), exporter_timeout)]
+        first = folder or Path(scratch)
+        tables = [machine(), exports(checkpoint(first), Path(scratch), exporter_timeout)]
         click.echo("\n\n".join(tables))
         for name in models.split(","):
-            engines = engines_of(name, here, compiled=compile_timeout > 0)
-            found = measured(engines, rounds, steps, compile_timeout)
-            tables += [f"**{SUBJECTS[name][0]}**", table(name, found)]
+            with tempfile.TemporaryDirectory(dir=scratch) as passing:
+                engines = engines_of(name, folder or Path(passing), compiled=compile_timeout > 0)
+                found = measured(engines, rounds, steps, compile_timeout)
+            tables += [f"**{SUBJECTS[name][0]}**", table(found)]
             click.echo("\n\n".join(tables[-2:]))
         tables.append(node_counts(Path(scratch)))
         click.echo(f"\n{tables[-1]}")
@@ -76,7 +78,7 @@ def machine() -> str:
     return f"{cpu or platform.machine()}, {THREADS} threads; Python {platform.python_version()}, {packages}"
 
 
-def table(name: str, found: list[Measured]) -> str:
+def table(found: list[Measured]) -> str:
     """Rows of engines: tokens a second, best and median, session start, memory, and the floor of a decoded token."""
     gbs = bandwidth() / 1e9
     head = ("tokens/s: best (median)", *(f"tg, {held} cached" if held else f"pp{new}" for held, new in CASES))

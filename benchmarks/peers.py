@@ -28,6 +28,8 @@ OURS = (
 )
 #: Bytes of a number in GGUF's types: blocks of 32 share a float16.
 _GGUF_BYTES = {"f32": 4.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+#: What a model is measured in, where not in all: three billion parameters in each would take 60 GB.
+ONLY = {"large": ("fp32", "int4", "mxfp4", "f32", "q4_0")}
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def _ours(name: str, config: ModelConfig, source: Path, here: Path) -> list[Engi
 
     found = []
     for recipe, level, kernels in OURS:
+        if recipe not in ONLY.get(name, (recipe,)):
+            continue
         out = here / f"{name}-{recipe}"
         if not out.exists():
             api.export(source, out, precision=recipe, max_seq_len=MAX_SEQ_LEN, scan_values=False)
@@ -130,6 +134,8 @@ def _llama(name: str, config: ModelConfig, source: Path, here: Path) -> list[Eng
     found, plain = [], _read(config, "fp32")
     # The narrowest first: it reads the long prompts that all go on from.
     for kind in reversed(_GGUF_BYTES):
+        if kind not in ONLY.get(name, (kind,)):
+            continue
         file = here / f"{name}.{kind}.gguf"
         if not file.exists():
             convert(source, file, kind)

@@ -82,7 +82,7 @@ def test_turns(small, tmp_path, monkeypatch):
         if not one.failed:
             assert [len(each) for each in one.seconds.values()] == [2, 4] and len(one.start_s) == 2
             assert 0.05 < one.peak_gb < 8
-    table = cpu.table("subject", found)
+    table = cpu.table(found)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("| ")}
     assert {*names, "broken"} <= {*rows} and "Read bandwidth of 2 threads: 20.0 GB/s." in table
     number = r"[\d.]+"

@@ -56,9 +56,8 @@ def takes_experts(node: ir.Node) -> bool:
 def _weight(gemm: ir.Node) -> StoredMatrix | None:
     """What a Gemm multiplies by, if that is a stored matrix that a kernel can read."""
     a = gemm.attributes
-    plain = (
-        a["transB"].as_int() == 1 and not a["transA"].as_int() and a["alpha"].as_float() == a["beta"].as_float() == 1
-    )
+    by_rows = a["transB"].as_int() == 1 and not a["transA"].as_int()
+    plain = by_rows and a["alpha"].as_float() == a["beta"].as_float() == 1
     return stored_matrix(gemm.inputs[1]) if plain else None
 
 

@@ -1,9 +1,9 @@
 """Products of every head with rows of its own of one stored matrix, as nodes that kernels for a CPU take.
 
-Latent attention takes keys and values out of one matrix [H * (N + V), L], and DeepSeek-V4 projects groups of heads by one
-[G * F, K]: views of stored bytes, which onnxruntime would widen when a session is made, and copy. A node reads the rows of each
-head where they lie, and takes tokens first, so that no transposition is left. Only 16-bit graphs are rewritten: in float32
-there is nothing to widen, and ``expand_prefill`` has its own use for the matrix.
+Latent attention takes keys and values out of one matrix [H * (N + V), L], and DeepSeek-V4 projects groups of heads by
+one [G * F, K]: views of stored bytes, which onnxruntime would widen when a session is made, and copy. A node reads the
+rows of each head where they lie, and takes tokens first, so that no transposition is left. Only 16-bit graphs are
+rewritten: in float32 there is nothing to widen, and ``expand_prefill`` has its own use for the matrix.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ _SWAPPED = (1, 0, 2)
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows ``first .. first + count`` of every ``each`` of a matrix, which each head multiplies by, or, transposed, each
-    sums up."""
+    """Rows ``first .. first + count - 1`` of every ``each`` of a matrix: a head's, by which it multiplies or, transposed,
+    which it sums up.
+    """
 
     matrix: StoredMatrix
     each: int
@@ -55,7 +56,7 @@ def head_linear(model: ir.Model) -> bool:
 
 
 def _rows(value: ir.Value | None) -> _Rows | None:
-    """What the second factor [H, in, out] of a product is of a stored matrix, by way of Reshape, Split and Transpose."""
+    """What the second factor [H, in, out] of a product is of a stored matrix, by Reshape, Split and Transpose."""
     turn = _made_by(value, "Transpose")
     part = turn.inputs[0] if turn and _perm(turn) == (0, 2, 1) else value
     split = _made_by(part, "Split")

@@ -23,9 +23,7 @@ _SWAPPED = (1, 0, 2)
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows ``first .. first + count - 1`` of every ``each`` of a matrix: a head's, by which it multiplies or, transposed,
-    which it sums up.
-    """
+    """A head's rows ``first .. first + count - 1`` of every ``each``: what it multiplies by or, transposed, sums up."""
 
     matrix: StoredMatrix
     each: int

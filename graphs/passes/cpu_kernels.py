@@ -77,7 +77,7 @@ def _experts(graph: ir.Graph, node: ir.Node) -> None:
     down = node.inputs[3 + 2 * node.attributes["num_experts"].as_int()]
     assert down is not None and down.shape is not None
     width, inner = (int(d) for d in down.shape[-2:])  # type: ignore[arg-type]
-    for name, value in {"width": width, "inner": inner}.items():
+    for name, value in {"width": width, "out": inner}.items():
         node.attributes[name] = ir.AttrInt64(name, value)
     node.attributes["activations"] = ir.AttrString("activations", rounding(node))
     for index, operand in enumerate(node.inputs):

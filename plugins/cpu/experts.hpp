@@ -10,10 +10,7 @@ class MoeExperts {
   static constexpr ort::Type kOutputs[] = {ort::kFloat};
 
   explicit MoeExperts(const ort::Info* info)
-      : experts_(ort::attribute(info, "num_experts")),
-        into_{ort::attribute(info, "inner"), ort::attribute(info, "width"), ort::attribute(info, "rows"),
-              ort::attribute(info, "columns")},
-        back_{into_.width, into_.rows, into_.block_rows, into_.block_columns},
+      : experts_(ort::attribute(info, "num_experts")), into_(info), back_(into_.transposed()),
         limit_(ort::real(info, "limit")),
         rounding_(rounding_of(ort::text(info, "activations"))) {}
 

@@ -11,9 +11,7 @@ class Linear {
   static constexpr ort::Type kOutputs[] = {ort::kFloat};
 
   explicit Linear(const ort::Info* info)
-      : form_{ort::attribute(info, "out"), ort::attribute(info, "width"), ort::attribute(info, "rows"),
-              ort::attribute(info, "columns")},
-        has_bias_(ort::attribute(info, "bias")), rounding_(rounding_of(ort::text(info, "activations"))) {}
+      : form_(info), has_bias_(ort::attribute(info, "bias")), rounding_(rounding_of(ort::text(info, "activations"))) {}
 
   void compute(ort::Context* context) {
     const size_t given = ort::inputs(context) - has_bias_;
@@ -71,9 +69,7 @@ class HeadLinear {
   static constexpr ort::Type kOutputs[] = {ort::kFloat};
 
   explicit HeadLinear(const ort::Info* info)
-      : form_{ort::attribute(info, "out"), ort::attribute(info, "width"), ort::attribute(info, "rows"),
-              ort::attribute(info, "columns")},
-        each_(ort::attribute(info, "each")), first_(ort::attribute(info, "first")), count_(ort::attribute(info, "count")),
+      : form_(info), each_(ort::attribute(info, "each")), first_(ort::attribute(info, "first")), count_(ort::attribute(info, "count")),
         transposed_(ort::attribute(info, "transposed")), rounding_(rounding_of(ort::text(info, "activations"))) {}
 
   void compute(ort::Context* context) {

@@ -237,8 +237,10 @@ struct SparseLatentRows : LatentRows {
       for (int64_t i = 0; i < count; i++) {
         const int64_t n = numbers[i];
         if (n < 0 || (n < before) == pass) continue;
-        if (n < before) held.take(to, b, n, n + 1);
-        else fresh.take(to, b, n - before, n - before + 1);
+        const Segment& segment = n < before ? held : fresh;
+        const int64_t at = n < before ? n : n - before;
+        if (at >= segment.count) throw std::out_of_range("there is no row of a selected number");
+        segment.take(to, b, at, at + 1);
       }
   }
 };

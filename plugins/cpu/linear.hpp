@@ -69,7 +69,8 @@ class HeadLinear {
   static constexpr ort::Type kOutputs[] = {ort::kFloat};
 
   explicit HeadLinear(const ort::Info* info)
-      : form_(info), each_(ort::attribute(info, "each")), first_(ort::attribute(info, "first")), count_(ort::attribute(info, "count")),
+      : form_(info), each_(ort::attribute(info, "each")), first_(ort::attribute(info, "first")),
+        count_(ort::attribute(info, "count")),
         transposed_(ort::attribute(info, "transposed")), rounding_(rounding_of(ort::text(info, "activations"))) {}
 
   void compute(ort::Context* context) {

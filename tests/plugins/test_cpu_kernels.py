@@ -95,7 +95,7 @@ def test_numbers_that_nothing_has_are_an_error() -> None:
     rows = past.rows(8)
     for number in (3, 9):  # of a row that is not held, and of one behind the new one
         selected = np.array([[number]])
-        arrays = [past.queries(2, 8), past.new(rows), past.held(rows, 3), selected, past.position]
+        arrays = [past.queries(2, 8), past.new(rows), past.held(rows, 5)[:, :3], selected, past.position]
         with pytest.raises(Exception, match="no row of a selected number"):
             run(sparse_latent_attention, [*map(torch.from_numpy, arrays), 4, 0.5])
     args = arguments("plain", (2, 3, 1, 8, 8), torch.float32)

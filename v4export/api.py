@@ -111,6 +111,7 @@ def plan(
     layers: range | None = None,
     engram_inside: bool = False,
     think_steps: int | None = None,
+    draft: bool = False,
     state: str = AUTO,
     no_engine: bool = False,
     no_verify: bool = False,
@@ -121,13 +122,13 @@ def plan(
 ) -> planning.Plan:
     """What building a model, a directory's or a preset's, and running it will take; nothing is done.
 
-    ``layers``, ``engram_inside``, ``think_steps`` and ``state`` are as of :func:`build`; ``tp``, ``ep`` and ``pp`` say
-    how it is spread over devices (``v4export.plan.sharding``); the others are as of ``v4export.plan.verb.plan``.
+    ``layers``, ``engram_inside``, ``think_steps``, ``draft`` and ``state`` are as of :func:`build`; ``tp``, ``ep`` and
+    ``pp`` say how it is spread over devices (``v4export.plan.sharding``); the others are as of ``v4export.plan.verb.plan``.
 
     Raises:
         BadInput, NotSupported: as a build would.
     """
-    chosen = Chosen(first_layers(layers), engram_inside, think_steps, None if state == AUTO else state)
+    chosen = Chosen(first_layers(layers), engram_inside, think_steps, None if state == AUTO else state, draft)
     wanted: dict[str, Any] = {"engine": not no_engine, "verify": not no_verify, "sharding": Sharding(tp, ep, pp)}
     return planning.plan(model, chosen=chosen, **wanted, **options)
 

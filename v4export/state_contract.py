@@ -78,9 +78,9 @@ class StateTensor:
 
 
 def state_tensors(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
-    """The state of one layer; reasoning layers come after the model's own."""
+    """The state of one layer; reasoning layers, or the one that drafts, come after the model's own."""
     if layer >= config.num_layers:
-        return state_tensors(config.thinker, layer - config.num_layers)
+        return state_tensors(config.drafter if config.drafts else config.thinker, layer - config.num_layers)
     kept = _attention(config, layer)
     if config.state_fp8:
         kept = tuple(part for t in kept for part in ((t,) if t.dtype else _narrow(t, exact_columns(config, t.name))))

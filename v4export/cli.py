@@ -378,6 +378,9 @@ def evaluate(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
 @click.option("--skip-decoder", is_flag=True, help="V4.1: only a prompt's last tokens pass all layers; not exact.")
 @click.option("--think", metavar="K|auto|off", help="Steps of a thought before every token, or where unsure.  [auto]")
 @click.option("--think-threshold", type=float, help="Of what shows that it is unsure.  [default: the manifest's]")
+@click.option(
+    "--draft-max", type=click.IntRange(0), metavar="N", help="Tokens drafted ahead of a step; 0 is none.  [default: 1]"
+)
 @click.option("--threads", type=click.IntRange(0), default=0, help="Of onnxruntime; 0 lets it choose.")
 @click.option(
     "--accuracy-level",

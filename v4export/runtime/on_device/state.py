@@ -102,11 +102,11 @@ class DeviceState(State):
         with self.device.scope():
             super().put(b, other)
 
-    def first(self, count: int) -> Self:
-        """A state of the first ``count`` sequences in the same memory, with room for one more token of each."""
+    def first(self, count: int, room: int = 1) -> Self:
+        """A state of the first ``count`` sequences in the same memory, with room for so many more tokens of each."""
         assert self.device
         with self.device.scope():
-            return super().first(count)
+            return super().first(count, room)
 
     def named(self) -> Iterator[tuple[int, str, DeviceBuffer]]:
         """All buffers, with their layers and names."""

@@ -82,10 +82,14 @@ class Embed(nn.Module):
         return [part for pair in pairs for part in pair]
 
     def shared(
-        self, ids_BS: torch.Tensor, position_B: torch.Tensor, decoder_start_B: torch.Tensor | None = None
+        self,
+        ids_BS: torch.Tensor,
+        position_B: torch.Tensor,
+        decoder_start_B: torch.Tensor | None = None,
+        **given: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Hidden states, and everything else that blocks read, by name."""
-        hidden, *rest = self(ids_BS, position_B)
+        """Hidden states, and everything else that blocks read, by name; ``given`` is what else a subclass takes."""
+        hidden, *rest = self(ids_BS, position_B, **given)
         shared = dict(zip(embed_returns(self.config)[1:], rest, strict=True))
         start_B = torch.zeros_like(position_B) if decoder_start_B is None else decoder_start_B
         return hidden, shared | {"input_ids": ids_BS, "position": position_B, "decoder_start": start_B}

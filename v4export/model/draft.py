@@ -8,8 +8,8 @@ With f_i what the model has made of token i, and t the tokens,
 pass one block; its own norm, and the model's head, give logits of t_{i+2}. What the block has made of t_{i+1} stands in
 for f_{i+1}, so that the layer can draft further ahead. Embedding and head are the model's own.
 
-For the first, f is what follows the model's last norm, as in transformers; and the layer hands its own on behind its own
-norm. Rows of the block's state are numbered by i, which attention sees differences of alone.
+For the first, f is what follows the model's last norm, as in transformers, and what follows the layer's own norm stands
+in for it. Rows of the block's state are numbered by i, of which attention sees differences alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from v4export.config import ModelConfig
-from v4export.model.block import Block, Embed, Head, embed_returns
+from v4export.model.block import Block, Embed, Head
 from v4export.model.linear import Linear
 from v4export.model.norm import RMSNorm
 
@@ -62,12 +62,23 @@ class DraftEntry(Embed):
             position_B: rows that the layer holds already.
             features: of each token, [B, S, D] or [B, S, X, D].
         """
-        e_MD, h = self.enorm(self.embedded(ids_BS)), self.hnorm(features.flatten(0, 1))
         if self.config.hyper:
-            hidden = self.e_proj(e_MD).unsqueeze(1) + self.h_proj(h)
+            e_M1D, h_MXD = self.summands(ids_BS, features)
+            hidden = e_M1D + h_MXD
         else:
-            hidden = self.eh_proj(torch.cat([e_MD, h], -1))
+            hidden = self.eh_proj(torch.cat(self._normed(ids_BS, features), -1))
         return hidden, *self.turned(ids_BS, position_B)
+
+    def summands(self, ids_BS: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the token adds and what the features do, [M, D]; or [M, 1, D] and [M, X, D]."""
+        e_MD, h = self._normed(ids_BS, features)
+        if self.config.hyper:
+            return self.e_proj(e_MD).unsqueeze(1), self.h_proj(h)
+        none_MD = torch.zeros_like(e_MD)
+        return self.eh_proj(torch.cat([e_MD, none_MD], -1)), self.eh_proj(torch.cat([none_MD, h], -1))
+
+    def _normed(self, ids_BS: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.enorm(self.embedded(ids_BS)), self.hnorm(features.flatten(0, 1))
 
 
 class Drafter(nn.Module):
@@ -87,8 +98,7 @@ class Drafter(nn.Module):
         logits_at_BQ: Tensor,
     ) -> Draft:
         """One step; arguments as of ``DraftEntry``, the layer's state by name, and which logits are wanted."""
-        entered, *turned = self.entry(ids_BS, position_B, features)
-        named = dict(zip(embed_returns(self.entry.config)[1:], turned, strict=True))
-        out = self.block(entered, named | {"input_ids": ids_BS, "position": position_B}, state)
+        entered, shared = self.entry.shared(ids_BS, position_B, features=features)
+        out = self.block(entered, shared, state)
         logits, handed = self.head(out.hidden, logits_at_BQ)
         return Draft(logits, handed, out.rows, (entered, out.hidden))

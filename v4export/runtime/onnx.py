@@ -74,12 +74,13 @@ class OnnxExecutor(GraphExecutor):
         layers = range(config.state_layers)
         rows = {new_state_name(layer, t.name) for layer in layers for t in state_tensors(config, layer)}
         self._row_taps = [name for name in taps if name in rows]
+        self._draft_row_taps = [name for name in draft_taps if name.startswith(new_state_name(config.num_layers, ""))]
         self._session = session(how, PORTABLE, sharding, [name for name in taps if name not in rows])
         # A rank of a pipeline has the rows of its own layers.
         self._held = self._session.reads if sharding else None
         # Few users of a model with a decoder skip it, and a second session has weights of its own.
         self._remembering = functools.cache(lambda: Session(how, REMEMBERING))
-        self._drafting = functools.cache(lambda: Session(how, DRAFTING, draft_taps))
+        self._drafting = functools.cache(lambda: Session(how, DRAFTING, [n for n in draft_taps if n not in self._draft_row_taps]))
         if config.thinks:
             self._thinker = Thinker(
                 lambda graph, taps: Session(how, graph, taps), config, self._state_dtype, thought_taps
@@ -128,8 +129,7 @@ class OnnxExecutor(GraphExecutor):
             self.features = outputs[FEATURES] = self._new_features(tokens_BS)
         found = self._looked_up(tokens_BS, state, lengths_B, coming)
         self.tapped = self._run(self._session, tokens_BS, state, lengths_B, given | found, outputs)
-        found |= {name: outputs[name] for name in self._row_taps}
-        self.tapped |= {name: rows.reshape(-1, rows.shape[-1]) for name, rows in found.items()}
+        self.tapped |= self._rows_among(outputs | found, [*self._row_taps, *found])
         if commit:
             state.commit(advance(tokens_BS, lengths_B))
         return logits
@@ -155,9 +155,15 @@ class OnnxExecutor(GraphExecutor):
         outputs = {"logits": logits, f"new_{FEATURES}": handed}
         first = self.config.num_layers
         self.draft_tapped = self._run(self._drafting(), tokens_BS, state, lengths_B, given, outputs, first=first)
+        self.draft_tapped |= self._rows_among(outputs, self._draft_row_taps)
         if commit:
             state.commit(lengths_B)
         return logits, handed
+
+    @staticmethod
+    def _rows_among(values: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Of values [B, S, W] those of some names, [B*S, W]."""
+        return {name: values[name].reshape(-1, values[name].shape[-1]) for name in names}
 
     def _new_features(self, tokens_BS: np.ndarray) -> np.ndarray:
         return np.empty((*tokens_BS.shape, *self.config.hidden_shape), self._state_dtype)

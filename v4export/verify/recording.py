@@ -168,7 +168,8 @@ def record(
         every_BS = np.broadcast_to(np.arange(S), (B, S))
         logits = executor.step(ids_BS, state, logits_at_BQ=every_BS, lengths_B=lengths_B)
         said = {"logits": logits} if executor.trunk is None else {"logits": logits, "trunk": executor.trunk}
-        if executor.features is not None:
+        if config.drafts:
+            assert executor.features is not None
             said["features"] = executor.features
         _keep(kept, lengths_B, {**executor.tapped, **{n: v.reshape(B * S, *v.shape[2:]) for n, v in said.items()}})
 

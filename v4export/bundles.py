@@ -128,6 +128,7 @@ def package(
     slots: int = Limits.slots,
     queue: int = Limits.queue,
     chunk: int = Limits.chunk,
+    draft_max: int | None = None,
     max_tokens: int = 256,
     threads: int = 0,
 ) -> Packaged:
@@ -145,18 +146,21 @@ def package(
         slots: sequences that get tokens at the same time.
         queue: requests that may wait for one.
         chunk: the most prompt tokens read between two tokens of others.
+        draft_max: the most tokens drafted ahead of a step; 1 of a bundle with a draft graph, unless given.
         max_tokens: new tokens where a client names no number.
         threads: of onnxruntime; 0 lets it choose.
 
     Raises:
         BadInput: it is no bundle or has changed, it has no tokenizer, or ``out`` exists.
     """
+    bundle = Bundle.open(Path(folder))
+    drafting = Drafting.of(draft_max, bundle.config.drafts)
     return write_repository(
-        Bundle.open(Path(folder)),
+        bundle,
         Path(out),
         name=name,
         choice=Choice(executor, device, threads, cuda_graphs=cuda_graphs),
-        limits=Limits(slots, queue, chunk),
+        limits=Limits(slots, queue, chunk, drafting.most if drafting else 0),
         check_files=check_files,
         max_tokens=max_tokens,
     )

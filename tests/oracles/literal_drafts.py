@@ -65,7 +65,9 @@ class Layer:
         collapsed = sum(share * stream for share, stream in zip(shares, streams, strict=True))
         return w("head") @ rms(collapsed, eps, w("shared_head.norm.weight")), streams
 
-    def _half(self, streams: np.ndarray, hyper: str, norm: str, inner: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def _half(
+        self, streams: np.ndarray, hyper: str, norm: str, inner: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
         """One sublayer between its hyper-connections."""
         w, X, h = self.weights, len(streams), self.config.hyper
         mixes = w(f"{hyper}.fn") @ rms(streams.ravel(), self.config.rms_norm_eps)

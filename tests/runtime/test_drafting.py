@@ -89,7 +89,9 @@ class Pretender:
 
 
 FIRST = 5
-PROMPTS = st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=20).map(lambda row: [FIRST, *row]), min_size=1, max_size=4)
+PROMPTS = st.lists(
+    st.lists(st.integers(0, VOCAB - 1), max_size=20).map(lambda row: [FIRST, *row]), min_size=1, max_size=4
+)
 
 
 def tokens_of(executor: Any, prompts: Any, drafting: Drafting | None = None, **options: Any) -> tuple[list, list]:
@@ -204,7 +206,10 @@ def exported(name: str, folder: Path) -> Case:
 def test_graphs_give_the_same_tokens(case, name, most):
     """Random layers draft badly: nearly every step has tokens that it must leave no trace of."""
     one = case(name)
-    for prompts, wanted in [*(([p], [t]) for p, t in zip(one.prompts, one.plain, strict=True)), (one.prompts, one.plain)]:
+    for prompts, wanted in [
+        *(([p], [t]) for p, t in zip(one.prompts, one.plain, strict=True)),
+        (one.prompts, one.plain),
+    ]:
         drafting = Drafting(most)
         found, _ = tokens_of(one.executor, prompts, drafting, max_new_tokens=NEW, chunk=48)
         assert found == wanted

@@ -80,7 +80,9 @@ class OnnxExecutor(GraphExecutor):
         self._held = self._session.reads if sharding else None
         # Few users of a model with a decoder skip it, and a second session has weights of its own.
         self._remembering = functools.cache(lambda: Session(how, REMEMBERING))
-        self._drafting = functools.cache(lambda: Session(how, DRAFTING, [n for n in draft_taps if n not in self._draft_row_taps]))
+        self._drafting = functools.cache(
+            lambda: Session(how, DRAFTING, [n for n in draft_taps if n not in self._draft_row_taps])
+        )
         if config.thinks:
             self._thinker = Thinker(
                 lambda graph, taps: Session(how, graph, taps), config, self._state_dtype, thought_taps

@@ -72,7 +72,9 @@ class DraftComparison(Comparison):
             found.append(torch.from_numpy(r.hidden[-1]))
             wanted.append(hidden)
             # Where the two summands cancel, their errors do not.
-            size = torch.stack([one.norm(dim=-1).broadcast_to(hidden.shape[:-1]) for one in entry.summands(ids, **given)])
+            size = torch.stack(
+                [one.norm(dim=-1).broadcast_to(hidden.shape[:-1]) for one in entry.summands(ids, **given)]
+            )
             limits.append(tolerance.CONFIDENCE * path.error(self.precision) * size.norm(dim=0))
             self.shared.append(shared | {"hidden": found[-1]})
             self.free.append(own | {"hidden": free})

@@ -71,7 +71,7 @@ class Recording:
         trunk: what thoughts start from, float32 [n, D], of a model that thinks.
         thinking: thoughts in both forms, of a model that thinks.
         features: what drafts go on from, float32 [n, D] or [n, X, D], of a model that drafts.
-        draft: of such a model, the layer that drafts as a model of its own: each token but the first, fed to it with the
+        draft: of such a model, the layer that drafts as a model of its own: fed each token but the first, with the
             features of the one before.
         given: of such a layer, these features.
     """
@@ -187,9 +187,7 @@ def record(
     return _with_thoughts(executor, found, state) if config.thinks else found
 
 
-def _keep(
-    kept: Sequence[dict[str, list[np.ndarray]]], lengths_B: np.ndarray, values: Mapping[str, np.ndarray]
-) -> None:
+def _keep(kept: Sequence[dict[str, list[np.ndarray]]], lengths_B: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
     """Take what a step of several sequences had of each, [B*S, ..], by name."""
     for name, value in values.items():
         rows = value.reshape(len(kept), -1, *value.shape[1:])
@@ -222,7 +220,8 @@ def _with_drafts(
         values = {n: v.reshape(-1, *v.shape[2:]) for n, v in said.items()}
         _keep(kept, lengths_B, values | {called[n]: v for n, v in executor.draft_tapped.items()})
     ends = [_rows(own, state, b) for b in range(B)]
-    drafts = [_recording(own, one.tokens[1:].tolist(), [], *rest) for one, *rest in zip(found, held, kept, ends)]
+    of_each = zip(found, held, kept, ends, strict=True)
+    drafts = [_recording(own, one.tokens[1:].tolist(), [], *rest) for one, *rest in of_each]
     return [
         replace(one, draft=replace(draft, given=one.features[:-1]))  # type: ignore[index]
         for one, draft in zip(found, drafts, strict=True)

@@ -183,9 +183,7 @@ class EngineExecutor(GraphExecutor):
             self._run(engine, tokens, state, lengths, {}, [], following)
             state.commit(lengths, past_decoder=False)
 
-    def _parts(
-        self, tokens_BS: np.ndarray, lengths_B: np.ndarray | None, coming: Coming | None
-    ) -> list[Part]:
+    def _parts(self, tokens_BS: np.ndarray, lengths_B: np.ndarray | None, coming: Coming | None) -> list[Part]:
         """Steps that the engine has a profile for: first token, tokens, lengths, and what comes after."""
         lengths_B, most = advance(tokens_BS, lengths_B), self._most_tokens
         pieces = [(at, tokens_BS[:, at : at + most]) for at in range(0, tokens_BS.shape[1], most)]

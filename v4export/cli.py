@@ -432,6 +432,7 @@ def inspect(model: str, as_json: bool) -> None:
 @_out
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--dtype", help="Of the unquantised tensors.  [default: the config's]")
+@click.option("--draft", is_flag=True, help="A multi-token prediction layer, too.")
 @click.option("--sparse", is_flag=True, help="Real sizes, holes for bytes: a terabyte takes no disk.")
 @click.option("--fused", is_flag=True, help="Experts stacked as transformers holds them.")
 @quiet_option

@@ -261,8 +261,8 @@ class Head(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """As ``head_returns`` says, of steps ``logits_at`` (0 .. S-1) of every sequence; ``pre_MX`` where single-pass.
 
-        Logits float32 [B, Q, V]; where thoughts may follow, also the hidden states [B, Q, D] that they start from; where
-        drafts may, what they go on from, of all tokens of the step, [B, S, D], or the streams [B, S, X, D].
+        Logits float32 [B, Q, V]; where thoughts may follow, also the hidden states [B, Q, D] that they start from;
+        where drafts may, what they go on from, of all tokens of the step, [B, S, D], or the streams [B, S, X, D].
         """
         drafts_from = [self.features(hidden).unflatten(0, (logits_at_BQ.shape[0], -1))] if self.config.drafts else []
         if pre_MX is not None:

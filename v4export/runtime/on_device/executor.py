@@ -26,7 +26,6 @@ from v4export.runtime.on_device.replays import Pass, Replays
 from v4export.runtime.on_device.state import DeviceBuffer, DeviceState, places_name
 from v4export.runtime.thinking import Thinker
 
-
 #: A step that an engine has a profile for: number of its first token, tokens, lengths, and what comes after.
 Part = tuple[int, np.ndarray, np.ndarray, Coming | None]
 

@@ -127,6 +127,12 @@ def test_drafters_of_later_releases_are_left_out(hubs, tmp_path):
     assert {skipped[name] for name in own} == {V4_STAGE}
 
 
+def test_a_checkpoint_without_the_layer_that_it_speaks_of(tmp_path):
+    folder = synth(replace(config_of("tiny-v3"), drafts=False), tmp_path / "hub")
+    with pytest.raises(BadInput, match=r"no multi-token prediction layer, though(.|\n)*model\.layers\.3\."):
+        audit(open_checkpoint(folder, DRAFT))
+
+
 def test_layers_cannot_be_left_out_before_it(hubs):
     with pytest.raises(BadInput, match="goes on from the last layer"):
         open_checkpoint(hubs["tiny-v3"], Chosen(layers=2, draft=True))

@@ -295,10 +295,19 @@ def _both(one: Expected) -> tuple[str, str]:
 
 
 def _check_drafter(checkpoint: Checkpoint) -> None:
-    """Raises NotSupported where what is to draft is of a kind that is not exported."""
+    """Raises where there is nothing to draft with, or what there is is of a kind that is not exported."""
+    if not checkpoint.config.drafts:
+        return
     found = [t.name for t in checkpoint.tensors.values() if re.fullmatch(names_draft.DSPARK, t.name)]
-    if checkpoint.config.drafts and found:
+    if found:
         raise NotSupported(DSPARK, f"{found[0]} and {len(found) - 1} more are its own", "leave --draft out")
+    prefix = names.drafter_prefix(checkpoint.config)
+    if not any(name.startswith(prefix) for name in checkpoint.tensors):
+        raise BadInput(
+            "this checkpoint has no multi-token prediction layer, though config.json speaks of one",
+            f"nothing is stored below {prefix} in {checkpoint.directory}",
+            "leave --draft out",
+        )
 
 
 def _check_tables(weights: dict[str, Weight], experts: int) -> None:

@@ -193,6 +193,8 @@ def _loop(
     batch = len(prompts)
     state = executor.new_state(batch)
     drafter = Drafter(executor, batch) if drafting else None
+    # What a step that checks drafts leaves is committed once it is known how many of its tokens count.
+    checked: dict[str, Any] = {"commit": False} if drafting else {}
     logits_BQV, trunk_BD, features = _prefill(executor, state, prompts, chunk, skip_decoder, drafter)
     finished: list[FinishReason | None] = [None] * batch
     new: list[list[int]] = [[] for _ in prompts]
@@ -239,7 +241,7 @@ def _loop(
             state,
             logits_at_BQ=np.broadcast_to(np.arange(tokens_BS.shape[1]), tokens_BS.shape),
             lengths_B=None if (lengths_B == tokens_BS.shape[1]).all() else lengths_B,
-            **({"commit": False} if drafting else {}),
+            **checked,
         )
         trunk_BD = None if executor.trunk is None else executor.trunk[:, 0]
         features = executor.features if drafting else None

@@ -204,12 +204,13 @@ class Scheduler:
             width = max(map(len, fed))
             lengths_B = np.array([len(fed[row]) if self._rows[row] else 0 for row in range(count)])
             state = self._state.first(count, width)
+            checked: dict[str, Any] = {"commit": False} if width > 1 else {}
             logits_BQV = self._executor.step(
                 np.array([[*tokens, *[0] * (width - len(tokens))] for tokens in fed], np.int64),
                 state,
                 logits_at_BQ=np.broadcast_to(np.arange(width), (count, width)),
                 lengths_B=None if (lengths_B == width).all() else lengths_B,
-                **({"commit": False} if width > 1 else {}),
+                **checked,
             )
             counts_B = self._pick(logits_BQV, state, {row: row for row in rows}, drafts)
             if width > 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -125,9 +124,8 @@ def draft_tap_names(config: ModelConfig) -> list[str]:
 def _in_drafts(config: ModelConfig) -> dict[str, str]:
     """What is recorded of the layer that drafts, as its graph calls it, and as that of a model of its own would."""
     own, behind = config.drafter, config.num_layers
-    fields = [(name, i) for name, layers in _recorded(own).values() for i in layers]
-    rows = [(partial(new_state_name, tensor=name), i) for i, name in recorded_rows(own)]
-    return {name(behind + i): name(i) for name, i in [*fields, *rows]}
+    fields = {name(behind + i): name(i) for name, layers in _recorded(own).values() for i in layers}
+    return fields | {new_state_name(behind + i, name): new_state_name(i, name) for i, name in recorded_rows(own)}
 
 
 def recorded_rows(config: ModelConfig) -> list[tuple[int, str]]:
@@ -220,12 +218,12 @@ def _with_drafts(
         values = {n: v.reshape(-1, *v.shape[2:]) for n, v in said.items()}
         _keep(kept, lengths_B, values | {called[n]: v for n, v in executor.draft_tapped.items()})
     ends = [_rows(own, state, b) for b in range(B)]
-    of_each = zip(found, held, kept, ends, strict=True)
-    drafts = [_recording(own, one.tokens[1:].tolist(), [], *rest) for one, *rest in of_each]
-    return [
-        replace(one, draft=replace(draft, given=one.features[:-1]))  # type: ignore[index]
-        for one, draft in zip(found, drafts, strict=True)
-    ]
+    drafted = []
+    for one, *rest in zip(found, held, kept, ends, strict=True):
+        assert one.features is not None
+        draft = _recording(own, one.tokens[1:].tolist(), [], *rest)  # type: ignore[arg-type]
+        drafted.append(replace(one, draft=replace(draft, given=one.features[:-1])))
+    return drafted
 
 
 def _with_thoughts(executor: TappedExecutor, found: Sequence[Recording], state: State) -> list[Recording]:

@@ -80,9 +80,12 @@ class Drafter:
         for depth in (1, 2):
             following, features = following[:, 1:], features[:, :-1]
             drafted, features = self.drafts(following, features)
-            total = total + nn.functional.kl_div(
-                drafted.log_softmax(-1), wanted[:, depth:], reduction="none", log_target=True
-            ).sum(-1).mean()
+            total = (
+                total
+                + nn.functional.kl_div(drafted.log_softmax(-1), wanted[:, depth:], reduction="none", log_target=True)
+                .sum(-1)
+                .mean()
+            )
         return total
 
     def agreement(self, ids_BS: Tensor) -> list[float]:

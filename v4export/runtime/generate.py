@@ -193,8 +193,9 @@ def _loop(
     batch = len(prompts)
     state = executor.new_state(batch)
     drafter = Drafter(executor, batch) if drafting else None
-    # What a step that checks drafts leaves is committed once it is known how many of its tokens count.
+    # A step that checks drafts waits to be committed until it is known how many of its tokens count.
     checked: dict[str, Any] = {"commit": False} if drafting else {}
+    waits = False
     logits_BQV, trunk_BD, features = _prefill(executor, state, prompts, chunk, skip_decoder, drafter)
     finished: list[FinishReason | None] = [None] * batch
     new: list[list[int]] = [[] for _ in prompts]
@@ -226,7 +227,7 @@ def _loop(
             return
         counts_B = np.array([0 if finished[row] else len(new[row]) - before[row] for row in range(batch)])
         if drafting and drafter:
-            if step > 1:
+            if waits:
                 state.commit(counts_B)
             for row, count in enumerate(counts_B.tolist()):
                 drafter.give(row, new[row][len(new[row]) - count :], features[row])
@@ -244,7 +245,7 @@ def _loop(
             **checked,
         )
         trunk_BD = None if executor.trunk is None else executor.trunk[:, 0]
-        features = executor.features if drafting else None
+        features, waits = executor.features if drafting else None, drafting is not None
 
 
 def _prefill(

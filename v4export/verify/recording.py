@@ -188,7 +188,7 @@ def record(
 def _keep(kept: Sequence[dict[str, list[np.ndarray]]], lengths_B: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
     """Take what a step of several sequences had of each, [B*S, ..], by name."""
     for name, value in values.items():
-        rows = value.reshape(len(kept), -1, *value.shape[1:])
+        rows = value.reshape(len(kept), len(value) // len(kept), *value.shape[1:])
         for b, length in enumerate(lengths_B):
             # A copy: a view would keep what other sequences were padded with.
             kept[b].setdefault(name, []).append(rows[b, :length].copy())

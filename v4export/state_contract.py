@@ -167,7 +167,8 @@ def _compressor(entry: str, rows: str, width: int, ratio: int, halves: int) -> t
 
 
 def _all(config: ModelConfig) -> Iterator[StateTensor]:
-    return (tensor for layer in range(config.state_layers) for tensor in state_tensors(config, layer))
+    layers = range(config.state_layers + config.drafts)
+    return (tensor for layer in layers for tensor in state_tensors(config, layer))
 
 
 def bytes_per_token(config: ModelConfig, itemsize: int = 2) -> float:

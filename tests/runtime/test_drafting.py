@@ -16,11 +16,12 @@ from played_tensorrt import TensorRT, engine_executor, played_cuda_graphs, with_
 from small_models import small
 from traced import export_bundle
 
+from v4export import show
 from v4export.checkpoint.synth import synth
 from v4export.errors import BadInput
 from v4export.package.bundle import Bundle
 from v4export.runtime.drafting import Drafter, Drafting
-from v4export.runtime.generate import generate
+from v4export.runtime.generate import Generation, Timings, generate
 from v4export.runtime.onnx import OnnxExecutor
 from v4export.runtime.sampling import Sampler, Sampling
 
@@ -140,6 +141,14 @@ def test_what_is_asked_for():
     assert Drafting.of(0, True) is Drafting.of(None, False) is Drafting.of(0, False) is None
     with pytest.raises(BadInput, match="no draft graph"):
         Drafting.of(2, False)
+
+
+def test_what_is_told_of_a_run():
+    timings = Timings(1.0, 2.0, 3.0, 4.0, 1.0)
+    plain = Generation("x", (1, 2), 3, "length", timings)
+    assert show.timings(plain) == "[3 prompt tokens, 3/s; 2 new, 4.0/s; length]"
+    drafted = show.timings(replace(plain, drafted=8, accepted=2))
+    assert drafted == "[3 prompt tokens, 3/s; 2 new, 4.0/s, 2 of 8 drafts accepted (25%); length]"
 
 
 def test_rows_move_between_drafters():

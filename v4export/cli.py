@@ -379,6 +379,9 @@ def evaluate(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
 @click.option("--skip-decoder", is_flag=True, help="V4.1: only a prompt's last tokens pass all layers; not exact.")
 @click.option("--think", metavar="K|auto|off", help="Steps of a thought before every token, or where unsure.  [auto]")
 @click.option("--think-threshold", type=float, help="Of what shows that it is unsure.  [default: the manifest's]")
+@click.option(
+    "--draft-max", type=click.IntRange(0), metavar="N", help="Tokens drafted ahead of a step; 0 is none.  [default: 1]"
+)
 @click.option("--threads", type=click.IntRange(0), default=0, help="Of onnxruntime; 0 lets it choose.")
 @click.option(
     "--accuracy-level",
@@ -430,6 +433,7 @@ def inspect(model: str, as_json: bool) -> None:
 @_out
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--dtype", help="Of the unquantised tensors.  [default: the config's]")
+@click.option("--draft", is_flag=True, help="A multi-token prediction layer, too.")
 @click.option("--sparse", is_flag=True, help="Real sizes, holes for bytes: a terabyte takes no disk.")
 @click.option("--fused", is_flag=True, help="Experts stacked as transformers holds them.")
 @quiet_option

@@ -56,6 +56,7 @@ model_options = options(
     ),
     click.option("--engram-inside", is_flag=True, help="Make Engram tables part of the graph, if they are small."),
     click.option("--think-steps", type=click.IntRange(0), help="Of a thought; 0 leaves reasoning layers out."),
+    click.option("--draft", is_flag=True, help="Export the first multi-token prediction layer, to draft tokens with."),
     click.option(
         "--state",
         "--kv-cache-dtype",

@@ -105,10 +105,11 @@ def verdict(summary: str, seconds: float, command: str) -> str:
 
 def timings(generation: Generation) -> str:
     """Speed of a generation."""
-    t = generation.timings
+    t, accepted, drafted = generation.timings, generation.accepted, generation.drafted
+    drafts = f", {accepted} of {drafted} drafts accepted ({accepted / drafted:.0%})" if drafted else ""
     return (
         f"[{generation.prompt_tokens} prompt tokens, {t.prefill_tokens_per_s:.0f}/s; {len(generation.tokens)} new, "
-        f"{t.decode_tokens_per_s:.1f}/s; {generation.finish_reason}]"
+        f"{t.decode_tokens_per_s:.1f}/s{drafts}; {generation.finish_reason}]"
     )
 
 

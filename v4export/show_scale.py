@@ -75,7 +75,12 @@ def speed(found: Speed) -> str:
     """A measured run, as llama-bench prints it, and percentiles."""
     rates = [(name, f"{mean:,.2f} ± {off:,.2f}") for name, (mean, off) in found.rates.items()]
     times = [(name, f"{1e3 * half:,.2f}", f"{1e3 * most:,.2f}") for name, (half, most) in found.latencies.items()]
-    return f"{table([('test', 'tokens/s'), *rates])}\n\n{table([('ms', 'p50', 'p90'), *times])}"
+    lines = [table([("test", "tokens/s"), *rates]), "", table([("ms", "p50", "p90"), *times])]
+    if d := found.drafts:
+        tokens = "the same tokens" if d.same else "other tokens, from some near tie on"
+        lines += ["", f"{d.most} drafted ahead: {d.accepted} of {d.drafted} accepted ({d.acceptance:.0%}), "
+                      f"{d.speed_up:.2f}x as fast, {tokens}"]  # fmt: skip
+    return "\n".join(lines)
 
 
 def speed_json(found: Speed) -> dict[str, Any]:
@@ -85,6 +90,7 @@ def speed_json(found: Speed) -> dict[str, Any]:
         "latencies_s": {n: {"p50": half, "p90": most} for n, (half, most) in found.latencies.items()},
         "prefill_s": found.prefill_s,
         "steps_s": found.steps_s,
+        "drafts": vars(d) | {"acceptance": d.acceptance, "speed_up": d.speed_up} if (d := found.drafts) else None,
     }
 
 

@@ -48,7 +48,8 @@ lint: $(READY)  ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## Measure export, prefill and decode beside transformers; writes docs/benchmarks.md.
+bench: $(READY)  ## Measure export, prefill and decode beside transformers and llama.cpp; writes docs/benchmarks.md.
+	$(BIN)/pip install --quiet --no-compile -e '.[bench]'
 	$(BIN)/python benchmarks/cpu.py
 
 docs: $(READY)  ## Build the documentation into build/site.

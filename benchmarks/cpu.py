@@ -1,60 +1,64 @@
-"""Export, decode and prefill on a CPU beside transformers, in one run, written into docs/benchmarks.md.
+"""Export, prompts and decoding on a CPU beside transformers and llama.cpp, in one run, written into docs/benchmarks.md.
 
-Needs 5 GB of disk (10 where another exporter saves its graph), 20 GB of memory, and a machine that does nothing else.
+Needs the extra ``bench``, 45 GB of disk (20 without the large model), 24 GB of memory, and a machine that does nothing
+else. Engines take turns, one loaded at a time, so that each has the memory and both threads for itself.
 """
 
 from __future__ import annotations
 
 import platform
 import tempfile
-import time
 from dataclasses import replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
-import numpy as np
-from engines import THREADS, Child, Onnx, Transformers
+from engines import THREADS
 from exporting import HOW, attempt
 from page import PAGE, replace_between, row
-from subject import checkpoint, subject
+from peers import CASES, Measured, bandwidth, engines_of, measured
+from subject import SUBJECTS, checkpoint, subject
 
-from v4export.checkpoint.count import parameter_counts
 from v4export.package.bundle import Bundle
-
-#: (row, cached tokens, new tokens, onnxruntime's steps in a round, transformers' steps in a round)
-CASES = (
-    ("decode, 128 cached", 128, 1, 8, 4),
-    ("decode, 2048 cached", 2048, 1, 8, 2),
-    ("decode, 8192 cached", 8192, 1, 8, 2),
-    ("prefill, 512 new", 0, 512, 1, 1),
-)
 
 BEGIN, END = "<!-- measured -->", "<!-- end of what was measured -->"
 
 
 @click.command(help=__doc__)
-@click.option("--folder", type=click.Path(path_type=Path), help="Keep the checkpoint here between runs.")
-@click.option("--rounds", default=4, show_default=True, help="Times that the engines take turns in each row.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Keep checkpoints, GGUF files and bundles here.")
+@click.option("--models", default=",".join(SUBJECTS), show_default=True, help="Which of them.")
+@click.option("--rounds", default=3, show_default=True, help="Times that the engines take turns.")
+@click.option("--steps", default=8, show_default=True, help="Tokens decoded in a turn, at each number of cached ones.")
+@click.option("--compile-timeout", default=900.0, show_default=True, help="Seconds of torch.compile; 0: skip.")
 @click.option("--exporter-timeout", default=300.0, show_default=True, help="Seconds for each other exporter; 0: skip.")
 @click.option("--into", type=click.Path(path_type=Path), default=PAGE, help="Page whose measured part is replaced.")
-def main(folder: Path | None, rounds: int, exporter_timeout: float, into: Path) -> None:
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
+def main(
+    folder: Path | None,
+    models: str,
+    rounds: int,
+    steps: int,
+    compile_timeout: float,
+    exporter_timeout: float,
+    into: Path,
+) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        here = Path(scratch)
-        model = checkpoint(folder or here)
-        tables = [machine(), exports(model, here, exporter_timeout)]
+        here = folder or Path(scratch)
+        here.mkdir(parents=True, exist_ok=True)
+        tables = [machine(), exports(checkpoint(here), Path(scratch), exporter_timeout)]
         click.echo("\n\n".join(tables))
-        bundle = here / "v4export"
-        for table in (speeds(bundle, model, rounds), node_counts(bundle, here)):
-            click.echo(f"\n{table}")
-            tables.append(table)
+        for name in models.split(","):
+            engines = engines_of(name, here, compiled=compile_timeout > 0)
+            found = measured(engines, rounds, steps, compile_timeout)
+            tables += [f"**{SUBJECTS[name][0]}**", table(name, found)]
+            click.echo("\n\n".join(tables[-2:]))
+        tables.append(node_counts(Path(scratch)))
+        click.echo(f"\n{tables[-1]}")
     replace_between(into, BEGIN, END, tables)
 
 
 def exports(model: Path, here: Path, timeout_s: float) -> str:
-    """The table of exports; ours always runs, for the rest of the page is measured on what it makes."""
+    """The table of exports; ours always runs."""
     lines = [row("export", "time, peak memory"), row("---", "---")]
     for how in HOW:
         limit = 600.0 if how == "v4export" else timeout_s
@@ -67,65 +71,27 @@ def machine() -> str:
     """What ran this."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    packages = ", ".join(f"{p} {metadata.version(p)}" for p in ("onnxruntime", "torch", "transformers", "onnx"))
+    names = ("onnxruntime", "torch", "transformers", "onnx", *(("llama-cpp-python",) if find_spec("llama_cpp") else ()))
+    packages = ", ".join(f"{p} {metadata.version(p)}" for p in names)
     return f"{cpu or platform.machine()}, {THREADS} threads; Python {platform.python_version()}, {packages}"
 
 
-def speeds(bundle: Path, model: Path, rounds: int) -> str:
-    """The table of steps, engines interleaved, least and median milliseconds of each."""
-    engines = [
-        Child("onnxruntime", Onnx, bundle, True),
-        Child("onnxruntime, mapped", Onnx, bundle, False),
-        Child("transformers", Transformers, model),
-    ]
-    lines = [row("ms: least (median)", *(e.name for e in engines), "transformers / onnxruntime"), row(*["---"] * 5)]
-    floor_ms, bandwidth = floor()
-    for title, held, new, ours, theirs in CASES:
-        times: dict[str, list[float]] = {e.name: [] for e in engines}
-        for engine in engines:
-            engine.time(held, new, 1)
-        for _ in range(rounds):
-            for engine in engines:
-                times[engine.name] += engine.time(held, new, theirs if engine.name == "transformers" else ours)
-        least = {name: min(seconds) * 1e3 for name, seconds in times.items()}
-        middle = {name: float(np.median(seconds)) * 1e3 for name, seconds in times.items()}
-        cells = [f"{least[e.name]:.1f} ({middle[e.name]:.1f})" for e in engines]
-        ratio = [t["transformers"] / t["onnxruntime"] for t in (least, middle)]
-        lines.append(row(title, *cells, f"{ratio[0]:.1f} ({ratio[1]:.1f})"))
-        if held == CASES[0][1]:
-            over_floor = f"{least['onnxruntime'] / floor_ms:.2f}, mapped {least['onnxruntime, mapped'] / floor_ms:.2f}"
-    lines.append(row("loading, s", *(f"{e.load_s:.1f}" for e in engines), ""))
-    lines.append(row("peak memory, GB", *(f"{e.close():.2f}" for e in engines), ""))
-    megabytes = 4 * parameter_counts(subject()).active / 1e6
-    lines += [
-        "",
-        f"Experts of transformers: `{engines[-1].note}`.",
-        f"Floor: {megabytes:.0f} MB at {bandwidth:.1f} GB/s = {floor_ms:.1f} ms a token.",
-        f"At 128 cached tokens onnxruntime takes {over_floor} times that.",
-    ]
-    return "\n".join(lines)
+def table(name: str, found: list[Measured]) -> str:
+    """Rows of engines: tokens a second, best and median, session start, memory, and the floor of a decoded token."""
+    gbs = bandwidth() / 1e9
+    head = ("tokens/s: best (median)", *(f"tg, {held} cached" if held else f"pp{new}" for held, new in CASES))
+    head = (*head, "start, s", "peak, GB", "floor, ms", "of floor")
+    lines = [row(*head), row(*["---"] * len(head))]
+    lines += [row(one.name, *one.cells(gbs)) for one in found]
+    return "\n".join([*lines, "", f"Read bandwidth of {THREADS} threads: {gbs:.1f} GB/s."])
 
 
-def floor() -> tuple[float, float]:
-    """Milliseconds that reading a token's weights takes, and the read bandwidth in GB/s, best of several."""
-    import torch
-
-    torch.set_num_threads(THREADS)
-    block, best = torch.ones(1 << 28), float("inf")
-    for _ in range(12):
-        start = time.perf_counter()
-        block.sum()
-        best = min(best, time.perf_counter() - start)
-    bandwidth = block.numel() * 4 / best / 1e9
-    return 4 * parameter_counts(subject()).active / bandwidth / 1e6, bandwidth
-
-
-def node_counts(bundle: Path, here: Path) -> str:
+def node_counts(here: Path) -> str:
     """Nodes of the portable graph at 8 and at 256 experts; weights are holes, which a graph does not notice."""
     from v4export import api
     from v4export.checkpoint.synth import synth
 
-    counts = {subject().num_experts: Bundle.open(bundle).manifest["graphs"]["nodes"]}
+    counts = {subject().num_experts: Bundle.open(here / "v4export").manifest["graphs"]["nodes"]}
     for experts in (8, 256):
         # The router's groups are set aside, for eight experts cannot fill the subject's.
         config = replace(subject(experts), num_groups=1, topk_groups=1)

@@ -13,19 +13,28 @@ import numpy as np
 from subject import MAX_SEQ_LEN
 
 THREADS = 2
+#: Prompt tokens of a step.
+CHUNK = 512
 
 
 class Onnx:
     """onnxruntime over an exported bundle."""
 
-    def __init__(self, bundle: Path, prepack: bool, max_seq_len: int = MAX_SEQ_LEN, accuracy_level: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        prepack: bool,
+        max_seq_len: int = MAX_SEQ_LEN,
+        accuracy_level: int = 0,
+        kernels: bool = False,
+    ) -> None:
         from v4export.package.bundle import Bundle
         from v4export.runtime.onnx import OnnxExecutor
 
         b = Bundle.open(bundle)
         self.engine = OnnxExecutor(
             b.folder, b.config, b.precision, max_seq_len=max_seq_len, threads=THREADS, prepack=prepack,
-            accuracy_level=accuracy_level,
+            accuracy_level=accuracy_level, kernels=kernels,
         )  # fmt: skip
         self.vocabulary = b.config.vocab_size
         self.state: Any = None
@@ -44,36 +53,47 @@ class Onnx:
 
 
 class Transformers:
-    """transformers, eager, float32, with the implementation of experts asked for (its default unless given)."""
+    """transformers, float32, eager attention, with its default implementation of experts; compiled if so asked.
 
-    def __init__(self, checkpoint: Path, experts: str | None = None) -> None:
+    The first steps of a compiled model are what compiles it.
+    """
+
+    def __init__(self, checkpoint: Path, compiled: bool = False) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(THREADS)
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
         self.model.eval()
-        if experts:
-            self.model.set_experts_implementation(experts)
+        self._forward = torch.compile(self.model, dynamic=True) if compiled else self.model
         self.experts = self.model.config._experts_implementation
         self.cache: Any = None
 
     def hold(self, tokens: int) -> None:
+        """Random rows, where a layer's are all of a kind; else the rows of random tokens."""
         import torch
         from transformers import DynamicCache
 
         c = self.model.config
         self.cache = DynamicCache(config=c)
-        for layer in range(c.num_hidden_layers if tokens else 0):
-            rows = [torch.randn(1, 1, tokens, width) for width in (c.kv_lora_rank, c.qk_rope_head_dim)]
-            self.cache.update(*rows, layer)
+        if hasattr(c, "kv_lora_rank"):
+            # Also none at all: a compiled model is compiled anew for each cache that has never had rows.
+            for layer in range(c.num_hidden_layers):
+                rows = [torch.randn(1, 1, tokens, width) for width in (c.kv_lora_rank, c.qk_rope_head_dim)]
+                self.cache.update(*rows, layer)
+            return
+        for at in range(0, tokens, CHUNK):
+            self._run(self.model, min(CHUNK, tokens - at))
 
     def step(self, tokens: int) -> None:
+        self._run(self._forward, tokens)
+
+    def _run(self, model: Any, tokens: int) -> None:
         import torch
 
         with torch.inference_mode():
             ids = torch.randint(0, self.model.config.vocab_size, (1, tokens))
-            self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
 
 class Child:
@@ -85,11 +105,20 @@ class Child:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
         self._process.start()
+        theirs.close()  # so that the end of a process is noticed
         self.load_s, self.note = self._pipe.recv()
 
-    def time(self, held: int, new: int, steps: int) -> list[float]:
-        """Seconds of each of ``steps`` steps of ``new`` tokens, the first after ``held`` cached ones."""
+    def time(self, held: int, new: int, steps: int, limit_s: float | None = None) -> list[float]:
+        """Seconds of each of ``steps`` steps of ``new`` tokens, the first after ``held`` cached ones.
+
+        Raises:
+            TimeoutError: they take longer than the limit; the process is no more.
+            EOFError: it has ended of itself.
+        """
         self._pipe.send((held, new, steps))
+        if not self._pipe.poll(limit_s):
+            self._process.kill()
+            raise TimeoutError(f"over {limit_s:.0f} s")
         return list(self._pipe.recv())
 
     def held(self) -> tuple[float, float]:

@@ -5,24 +5,23 @@ Needs 6 GB of disk, 12 GB of memory, as all rows are loaded at a time, and a mac
 
 from __future__ import annotations
 
-import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
-from cpu import floor, machine
+from cpu import machine
 from engines import THREADS, Child, Onnx
 from page import PAGE, replace_between, row
+from peers import bandwidth
 from subject import MAX_SEQ_LEN, subject
 
 from v4export import api
-from v4export.checkpoint.names import expected
 from v4export.checkpoint.synth import synth
-from v4export.graphs.repacked import BITS, COLUMNS
 from v4export.package.bundle import Bundle
-from v4export.precision import PRECISIONS
+from v4export.plan.reads import reads
+from v4export.precision import precision
 from v4export.runtime.onnx import OnnxExecutor
 
 BEGIN, END = "<!-- measured: integers on a CPU -->", "<!-- end: integers on a CPU -->"
@@ -51,10 +50,10 @@ class Case:
 CASES = (
     Case("fp32"),
     Case("bf16"),
-    Case("int8", kernels=False),
+    Case("int8", repacked=False),
     Case("int8"),
     Case("int8", level=4),
-    Case("int4", kernels=False),
+    Case("int4", repacked=False),
     Case("int4"),
     Case("int4", level=4),
 )
@@ -91,7 +90,7 @@ def measured(here: Path, rounds: int) -> str:
     memory = [engine.held() for engine in engines]
     for engine in engines:
         engine.close()
-    bandwidth = floor()[1]
+    gbs = bandwidth() / 1e9
     errors = differences(here)
     lines = [
         row("recipe", "ms a token: least (median)", "float32 / it", "floor, ms", "memory, GB", "loading, s", "error"),
@@ -99,14 +98,14 @@ def measured(here: Path, rounds: int) -> str:
     ]
     for case, engine, found, (held, anonymous), error in zip(CASES, engines, times, memory, errors, strict=True):
         least, middle = min(found) * 1e3, float(np.median(found)) * 1e3
-        reading = active_bytes(case.recipe) / bandwidth / 1e6
+        reading = active_bytes(case.recipe) / gbs / 1e6
         lines.append(
             row(str(case), f"{least:.1f} ({middle:.1f})", f"{min(times[0]) * 1e3 / least:.2f}", f"{reading:.1f}",
                 f"{held:.2f} ({anonymous:.2f})", f"{engine.load_s:.1f}", error)
         )  # fmt: skip
     lines += [
         "",
-        f"{THREADS} threads, {HELD} cached tokens, {bandwidth:.1f} GB/s. *Error*: of the hidden states that leave the",
+        f"{THREADS} threads, {HELD} cached tokens, {gbs:.1f} GB/s. *Error*: of the hidden states that leave the",
         f"first layer, which is dense and int8 in both recipes, {PROMPT.size} tokens, relative to the same recipe "
         "without its kernels; routers of later layers,",
         "whose weights are random here, may choose otherwise, and what follows differs by more than arithmetic.",
@@ -127,23 +126,16 @@ def differences(here: Path) -> list[str]:
 
 
 def _error(found: dict[str, np.ndarray], case: Case) -> str:
-    own, base = found[str(case)], found.get(str(Case(case.recipe, kernels=False)))
+    own, base = found[str(case)], found.get(str(Case(case.recipe, repacked=False)))
     if base is None or not case.kernels:
         return ""
     return f"{np.linalg.norm(own - base) / np.linalg.norm(base):.1e}"
 
 
 def active_bytes(recipe: str) -> float:
-    """Bytes that a token's products read, as they are kept for a CPU: plain matrices in float32."""
-    config, precision, total = subject(EXPERTS), PRECISIONS[recipe], 0.0
-    for name, one in expected(config).items():
-        if one.role == "embedding":
-            continue
-        format = precision.format_of(name, one.role)
-        each = BITS[format.name] / 8 + 4 / COLUMNS if format.name in BITS else 4.0
-        share = config.experts_per_token / config.num_experts if one.role == "expert" else 1.0
-        total += math.prod(one.shape) * each * share
-    return total
+    """Bytes of weights that a token's products read, as they are kept for a CPU."""
+    config = subject(EXPERTS)
+    return reads(config, precision(recipe, config), HELD, widened=True, repacked=True).weights
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "model": {"plugins", "engram"},
     "graphs": {"model", "plugins", "checkpoint", "engram"},
     "chat": set(),
-    "runtime": {"model", "graphs", "engram", "chat", "engine", "plugins"},
+    "runtime": {"model", "graphs", "checkpoint", "engram", "chat", "engine", "plugins"},
     "engine": {"plugins"},
     "package": set(),
     "serve": {"chat", "package", "runtime"},

@@ -36,12 +36,14 @@ from v4export.package.whole import whole_folder
 from v4export.plan import foreseen
 from v4export.plan import verb as planning
 from v4export.plan.devices import named_device
+from v4export.plan.reads import are_repacked, reads
 from v4export.plan.simulate import Simulation
-from v4export.progress import Stages
+from v4export.progress import Stages, peak_memory_mib
 from v4export.repeating import Repeated, repeat
+from v4export.runtime.bandwidth import read_bandwidth
 from v4export.runtime.drafting import Drafting
 from v4export.runtime.executors import ONNXRUNTIME, Choice
-from v4export.runtime.speed import Speed, measure
+from v4export.runtime.speed import Floor, Speed, measure
 from v4export.state_contract import bytes_per_token, fixed_bytes
 from v4export.verify.boundary import Boundary
 from v4export.verify.verification import Verification
@@ -151,7 +153,8 @@ def bench(
 ) -> Speed:
     """Measure a bundle on this machine: random prompts, and the likeliest tokens after them; executors as of ``run``.
 
-    One with a draft graph is run once more with ``draft_max`` tokens drafted ahead of a step, 1 unless given.
+    One with a draft graph is run once more with ``draft_max`` tokens drafted ahead of a step, 1 unless given. On a CPU,
+    also how fast memory is read by as many threads, and from that the least time of a decoded token.
 
     Raises:
         BadInput: it is no bundle, or holds fewer tokens, or has nothing to draft with.
@@ -164,7 +167,14 @@ def bench(
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repetitions": repetitions}
     total = repetitions * (prompt_tokens + new_tokens) * (2 if drafting else 1)
     with (stages or Stages(quiet=True)).stage("bench", total) as advance:
-        return measure(opened, bundle.config.vocab_size, drafting=drafting, advance=advance, **sizes)
+        speed = measure(opened, bundle.config.vocab_size, drafting=drafting, advance=advance, **sizes)
+    speed, floor = replace(speed, peak_mib=peak_memory_mib()), None
+    if (executor, device) == (ONNXRUNTIME, "cpu"):
+        context = prompt_tokens + new_tokens // 2
+        held = {"widened": not kernels, "repacked": are_repacked(bundle.manifest["files"])}
+        read = reads(bundle.config, bundle.precision, context, **held)
+        floor = Floor(read.weights, read.state, read_bandwidth(threads))
+    return replace(speed, floor=floor)
 
 
 def simulate(

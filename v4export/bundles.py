@@ -9,12 +9,13 @@ from pathlib import Path
 from v4export.chat import ChatTemplate, Conversation, read_answer
 from v4export.config import ModelConfig
 from v4export.cpp import verb as cpp_packaging
-from v4export.errors import BadInput
+from v4export.errors import BadInput, NotSupported
 from v4export.package.bundle import Bundle
 from v4export.runtime.drafting import Drafting
 from v4export.runtime.executors import ONNXRUNTIME, Choice
 from v4export.runtime.generate import Generation, run_text
 from v4export.runtime.pausing import Pausing
+from v4export.runtime.prompt_cache import PromptCache, key_of
 from v4export.runtime.sampling import Sampling
 from v4export.runtime.tokenizer import load_tokenizer
 from v4export.serve.limits import Limits
@@ -49,6 +50,9 @@ def run(
     cuda_graphs: bool = True,
     kernels: bool = False,
     check_files: bool = True,
+    prompt_cache: Path | None = None,
+    prompt_cache_all: bool = False,
+    prompt_cache_ro: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Generate text from a bundle; ``on_text`` is told text as it comes.
@@ -63,7 +67,9 @@ def run(
     (``think_threshold`` in place of the manifest's), or ``off``; ``auto`` unless given. One with a draft graph drafts
     ``draft_max`` tokens ahead of a step, 1 unless given, which changes nothing but speed. With an ``accuracy_level`` of
     4, matrices of integers are multiplied by activations in eight bits (``v4export.runtime.sessions.Running``). Without
-    ``check_files``, the bundle's files are not compared with its manifest's hashes first.
+    ``check_files``, the bundle's files are not compared with its manifest's hashes first. A ``prompt_cache`` is a file
+    that the prompt's state is taken from, as far as it goes, and kept in afterwards, with ``all`` that was generated as
+    well, or not at all (``ro``); see ``v4export.runtime.prompt_cache``.
     """
     if sum(one is not None for one in (prompt, prompt_file, messages)) != 1:
         raise BadInput("a prompt is needed, once", fix="give --prompt TEXT, --prompt-file FILE or --messages FILE")
@@ -74,6 +80,13 @@ def run(
         talk = Conversation.asking(text) if chat else None
     if talk:
         text = talk.prompt(ChatTemplate.of(bundle.folder, bundle.config), thinking)
+    cache = _prompt_cache(bundle, prompt_cache, prompt_cache_all, prompt_cache_ro, accuracy_level)
+    if cache and skip_decoder:
+        why = "where the decoder begins depends on how long the prompt is"
+        raise NotSupported("a prompt that skips the decoder is kept in no prompt cache", why, "leave one of them out")
+    if cache and draft_max:
+        why = "it holds nothing of the layer that drafts"
+        raise NotSupported("nothing is drafted behind a prompt cache", why, "leave --draft-max or --prompt-cache out")
     pausing = Pausing.read(think, bundle.thinking, think_threshold)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     tokenizer = load_tokenizer(bundle.folder)
@@ -88,15 +101,36 @@ def run(
         ignore_eos=ignore_eos,
         skip_decoder=skip_decoder,
         pausing=pausing,
-        drafting=Drafting.of(draft_max, bundle.config.drafts),
+        drafting=None if cache else Drafting.of(draft_max, bundle.config.drafts),
         refused_ids=_refused_ids(bundle.config),
         framed=talk is not None,
+        prompt_cache=cache,
         on_text=on_text,
     )
     if talk is None:
         return generation
     said = tokenizer.decode(generation.tokens, skip_special_tokens=False)
     return replace(generation, answer=read_answer(said, talk.thinks(thinking)))
+
+
+def _prompt_cache(
+    bundle: Bundle, file: Path | None, everything: bool, read_only: bool, accuracy_level: int
+) -> PromptCache | None:
+    """The file that a prompt's state is kept in.
+
+    Raises:
+        BadInput: there is none, and it was said how to use it, or its folder does not exist.
+        NotSupported: the model is shared among ranks.
+    """
+    if file is None:
+        if everything or read_only:
+            raise BadInput("no prompt cache is named", fix="give --prompt-cache FILE as well")
+        return None
+    if bundle.sharding:
+        why = f"the model is shared among {bundle.sharding.ranks} ranks, each of which has its own part"
+        raise NotSupported("the state of this bundle is kept in no prompt cache", why, "leave --prompt-cache out")
+    key = key_of(bundle.manifest, accuracy_level=accuracy_level)
+    return PromptCache(Path(file), key, everything, read_only)
 
 
 def _text_of(file: Path) -> str:

@@ -107,9 +107,10 @@ def timings(generation: Generation) -> str:
     """Speed of a generation."""
     t, accepted, drafted = generation.timings, generation.accepted, generation.drafted
     drafts = f", {accepted} of {drafted} drafts accepted ({accepted / drafted:.0%})" if drafted else ""
+    held = f" ({generation.cached_tokens} from the prompt cache)" if generation.cached_tokens else ""
     return (
-        f"[{generation.prompt_tokens} prompt tokens, {t.prefill_tokens_per_s:.0f}/s; {len(generation.tokens)} new, "
-        f"{t.decode_tokens_per_s:.1f}/s{drafts}; {generation.finish_reason}]"
+        f"[{generation.prompt_tokens} prompt tokens{held}, {t.prefill_tokens_per_s:.0f}/s; "
+        f"{len(generation.tokens)} new, {t.decode_tokens_per_s:.1f}/s{drafts}; {generation.finish_reason}]"
     )
 
 

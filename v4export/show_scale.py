@@ -74,23 +74,39 @@ def simulation(found: Simulation) -> str:
 def speed(found: Speed) -> str:
     """A measured run, as llama-bench prints it, and percentiles."""
     rates = [(name, f"{mean:,.2f} ± {off:,.2f}") for name, (mean, off) in found.rates.items()]
-    times = [(name, f"{1e3 * half:,.2f}", f"{1e3 * most:,.2f}") for name, (half, most) in found.latencies.items()]
-    lines = [table([("test", "tokens/s"), *rates]), "", table([("ms", "p50", "p90"), *times])]
+    times = [(name, *(f"{1e3 * one:,.2f}" for one in each.values())) for name, each in found.latencies.items()]
+    head = "ms", *found.latencies["TTFT"]
+    parts = [table([("test", "tokens/s"), *rates]), table([head, *times]), f"peak memory {found.peak_mib:,.0f} MiB"]
+    if found.floor:
+        f = found.floor
+        read = f"{f.weights / 1e6:,.1f} MB of weights and {f.state / 1e6:,.1f} MB of cached rows"
+        parts.append(f"floor: {read} at {f.bandwidth / 1e9:.1f} GB/s take {1e3 * f.seconds:,.2f} ms a token")
+        if found.of_floor is not None:
+            parts[-1] += f"; the median is at {found.of_floor:.0%} of that speed"
     if d := found.drafts:
         tokens = "the same tokens" if d.same else "other tokens, from some near tie on"
-        lines += ["", f"{d.most} drafted ahead: {d.accepted} of {d.drafted} accepted ({d.acceptance:.0%}), "
-                      f"{d.speed_up:.2f}x as fast, {tokens}"]  # fmt: skip
-    return "\n".join(lines)
+        accepted = f"{d.accepted} of {d.drafted} accepted ({d.acceptance:.0%})"
+        parts.append(f"{d.most} drafted ahead: {accepted}, {d.speed_up:.2f}x as fast, {tokens}")
+    return "\n\n".join(parts)
 
 
 def speed_json(found: Speed) -> dict[str, Any]:
     """The same for programs, with the seconds of every step."""
     return {
         "rates": {n: {"tokens_per_s": mean, "deviation": off} for n, (mean, off) in found.rates.items()},
-        "latencies_s": {n: {"p50": half, "p90": most} for n, (half, most) in found.latencies.items()},
+        "latencies_s": found.latencies,
         "prefill_s": found.prefill_s,
         "steps_s": found.steps_s,
         "drafts": vars(d) | {"acceptance": d.acceptance, "speed_up": d.speed_up} if (d := found.drafts) else None,
+        "peak_mib": found.peak_mib,
+        "floor": found.floor
+        and {
+            "weight_bytes": found.floor.weights,
+            "state_bytes": found.floor.state,
+            "bandwidth_bytes_per_s": found.floor.bandwidth,
+            "seconds": found.floor.seconds,
+            "share": found.of_floor,
+        },
     }
 
 

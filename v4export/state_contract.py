@@ -59,6 +59,17 @@ class StateTensor:
         """Rows that so many tokens complete."""
         return tokens // self.every
 
+    def stored(self, tokens: int) -> int:
+        """Rows that are kept of so many tokens, those of a ring that none has taken among them."""
+        return self.ring or self.complete(tokens)
+
+    def reaches(self, tokens: int, held: int) -> bool:
+        """Whether what is kept of ``held`` tokens has all that a step behind the first ``tokens`` of them reads."""
+        if self.ring is None:
+            return True
+        oldest = tokens - self.ring + (0 if self.reads_oldest else 1)
+        return max(0, oldest) >= held - self.ring
+
     def returned(self, steps: int) -> int:
         """New rows that a step of so many tokens returns, the first being that of its first token.
 
@@ -184,7 +195,7 @@ def fixed_bytes(config: ModelConfig, itemsize: int = 2) -> int:
 
 def layer_bytes(config: ModelConfig, layer: int, tokens: int, itemsize: int = 2) -> int:
     """Bytes of one layer's state of a sequence of so many tokens: rows of all that are complete, and whole rings."""
-    return sum(row_bytes(t, itemsize) * (t.ring or t.complete(tokens)) for t in state_tensors(config, layer))
+    return sum(row_bytes(t, itemsize) * t.stored(tokens) for t in state_tensors(config, layer))
 
 
 def row_bytes(tensor: StateTensor, itemsize: int) -> int:

@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from v4export import presets
 from v4export.chat.template import ChatTemplate
 from v4export.checkpoint.index import parse_weight_map
@@ -31,8 +33,12 @@ from v4export.engram.files import EngramFiles
 from v4export.errors import V4Error
 from v4export.graphs.admitted import parse_graph
 from v4export.package.bundle import MANIFEST, Bundle
+from v4export.runtime.prompt_cache import layout
+from v4export.runtime.prompt_cache import read as read_prompt_cache
+from v4export.runtime.prompt_cache import write as write_prompt_cache
 from v4export.runtime.tokenizer import load_tokenizer
 
+FLOAT32 = np.dtype(np.float32)
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).with_name("corpus")
 #: Of one case: seconds, and bytes beyond what the process has before.
@@ -409,6 +415,22 @@ def _engram_seeds() -> list[bytes]:
     return [json.dumps(described).encode()]
 
 
+def _prompt_cache(case: bytes) -> None:
+    file = _home() / "prompt.cache"
+    file.write_bytes(case)
+    held = read_prompt_cache(file, _model(), FLOAT32, "key")
+    wanted = layout(_model(), FLOAT32, len(held.tokens))
+    assert {name: (t.numpy().dtype, t.shape) for name, t in held.tensors.items()} == wanted
+    assert 0 <= held.common([0, 1, 2]) <= 3
+
+
+def _prompt_cache_seeds() -> list[bytes]:
+    file = _home() / "prompt.seed"
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout(_model(), FLOAT32, 2).items()}
+    write_prompt_cache(file, arrays, "key")
+    return [file.read_bytes()]
+
+
 READERS: dict[str, Reader] = {
     "header": Reader(_header, _header_seeds, prefix=8),
     "index": Reader(_index, _index_seeds),
@@ -419,4 +441,5 @@ READERS: dict[str, Reader] = {
     "graph": Reader(_graph, _graph_seeds, prefix=None),
     "engine": Reader(_engine, _engine_seeds, prefix=None, most=256),
     "engram": Reader(_engram, _engram_seeds),
+    "prompt_cache": Reader(_prompt_cache, _prompt_cache_seeds, prefix=8),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from v4export.runtime.on_device.executor import EngineExecutor
 from v4export.runtime.on_device.loaded import Runtime
 from v4export.runtime.onnx import OnnxExecutor
 from v4export.runtime.pausing import Pausing
+from v4export.runtime.prompt_cache import PromptCache
 from v4export.runtime.sampling import Sampler, Sampling
 
 pytestmark = pytest.mark.slow
@@ -178,6 +180,24 @@ def test_narrow_rows(graphs, tmp_path):
     how = {"max_seq_len": 512, "threads": 1}
     pair = Both(bundle, OnnxExecutor(bundle.folder, bundle.config, bundle.precision, **how))
     assert tokens_of(pair.engine(graphs[0]), PROMPTS[:2]) == tokens_of(pair.onnx, PROMPTS[:2])
+    check_prompt_cache(pair, graphs[0], PROMPTS[1][:70], tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_cache(both, graphs, tmp_path, name):
+    check_prompt_cache(both(name), graphs[0], PROMPTS[1], tmp_path)
+
+
+def check_prompt_cache(pair: Both, trt: TensorRT, prompt: list[int], folder: Path) -> None:
+    """A state that one executor has kept is what the other goes on from."""
+    longer = [*prompt, *PROMPTS[0]]
+    wanted = tokens_of(pair.onnx, [longer])
+    for writer, reader in ((pair.onnx, pair.engine(trt)), (pair.engine(trt), pair.onnx)):
+        cache = PromptCache(folder / "cache", "key")
+        cache.file.unlink(missing_ok=True)
+        tokens_of(cache.over(writer, prompt), [prompt])
+        cached = cache.over(reader, longer)
+        assert cached.reused == len(prompt) and tokens_of(cached, [longer]) == wanted
 
 
 def test_states_that_take_turns_are_not_replayed(both, graphs):

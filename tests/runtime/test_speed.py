@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from command_line import call
 from hashed_model import VOCAB
 from test_drafting import Pretender
 
 from v4export import api, show_scale
 from v4export.errors import BadInput
+from v4export.runtime import bandwidth
 from v4export.runtime.drafting import Drafting
-from v4export.runtime.speed import CHUNK, Drafted, Speed, measure
+from v4export.runtime.speed import CHUNK, Drafted, Floor, Speed, measure
 
 
 class Steps:
@@ -38,8 +41,28 @@ def test_rates_by_hand():
     speed = Speed(100, 3, (2.0, 4.0), (0.5, 0.5, 1.0, 1.0))
     (pp, pp_off), (tg, tg_off) = speed.rates["pp100"], speed.rates["tg3"]
     assert (pp, tg) == (37.5, 1.5) and pp_off == pytest.approx(17.677669) and tg_off == pytest.approx(0.7071067)
-    assert speed.latencies == {"TTFT": (3.0, pytest.approx(3.8)), "TPOT": (0.75, 1.0)}
-    assert [*Speed(5, 1, (1.0,), ()).rates] == ["pp5"]
+    assert speed.latencies == {
+        "TTFT": {"p50": 3.0, "p90": pytest.approx(3.8), "p99": pytest.approx(3.98)},
+        "TPOT": {"p50": 0.75, "p90": 1.0, "p99": 1.0},
+    }
+    assert [*Speed(5, 1, (1.0,), ()).rates] == ["pp5"] and speed.of_floor is None
+
+
+def test_the_floor_by_hand():
+    floor = Floor(weights=6e9, state=1.5e9, bandwidth=3e10)
+    assert floor.seconds == 0.25
+    assert replace(Speed(100, 3, (1.0,), (0.5, 0.5)), floor=floor).of_floor == 0.5
+    assert Speed(100, 1, (1.0,), (), floor=floor).of_floor is None
+
+
+def test_bandwidth_is_of_so_many_threads(monkeypatch):
+    """What is set for the measurement is set back."""
+    monkeypatch.setattr(bandwidth, "_BYTES", 1 << 22)
+    asked, before = [], torch.get_num_threads()
+    own = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: (asked.append(n), own(n)))
+    assert 1e7 < bandwidth.read_bandwidth(2) < 1e13
+    assert asked == [2, before] and torch.get_num_threads() == before
 
 
 def test_prompts_are_fed_in_chunks_and_all_that_counts_is_told():
@@ -76,11 +99,27 @@ def test_command(capfd, tiny_bundle):
     folder = tiny_bundle("fp32").folder
     found = call(capfd, "bench", folder, "-p", 20, "-n", 4, "-r", 2)
     assert found.code == 0 and found.err.startswith("bench ")
-    for row in (r"^pp20 +[\d.,]+ ± [\d.,]+$", r"^tg4 +[\d.,]+ ± ", r"^TTFT +[\d.,]+ +[\d.,]+$", r"^TPOT +[\d.,]+ +"):
+    number = r"[\d.,]+"
+    for row in (
+        *(
+            rf"^pp20 +{number} ± {number}$",
+            rf"^tg4 +{number} ± ",
+            rf"^TTFT( +{number}){{3}}$",
+            rf"^TPOT( +{number}){{3}}",
+        ),
+        rf"^peak memory {number} MiB$",
+        rf"^floor: {number} MB of weights and 0.0 MB of cached rows at {number} GB/s take {number} ms a token; "
+        r"the median is at \d+% of that speed$",
+    ):
         assert re.search(row, found.out, re.MULTILINE), row
     made = json.loads(call(capfd, "bench", folder, "-p", 20, "-n", 4, "-r", 2, "--json", "-q").out)
     assert {*made["rates"]} == {"pp20", "tg4"} and {*made["latencies_s"]} == {"TTFT", "TPOT"}
-    assert len(made["prefill_s"]) == 2 and len(made["steps_s"]) == 6
+    assert len(made["prefill_s"]) == 2 and len(made["steps_s"]) == 6 and made["peak_mib"] > 100
+    floor, config = made["floor"], tiny_bundle("fp32").config
+    assert {*floor} == {"weight_bytes", "state_bytes", "bandwidth_bytes_per_s", "seconds", "share"}
+    assert floor["state_bytes"] == 22 * config.latent_dim * 4 * config.num_layers
+    assert floor["seconds"] == (floor["weight_bytes"] + floor["state_bytes"]) / floor["bandwidth_bytes_per_s"]
+    assert floor["share"] == pytest.approx(floor["seconds"] / made["latencies_s"]["TPOT"]["p50"])
     assert call(capfd, "bench", folder, "-p", 2000).code == 2
     with pytest.raises(BadInput, match="h200"):
         api.bench(folder, device="h200")

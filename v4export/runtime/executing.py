@@ -74,6 +74,19 @@ class GraphExecutor:
         """What look-ups know of tokens before the first."""
         return self._lookup.hasher.empty_history(batch) if self._lookup else None
 
+    @property
+    def activations(self) -> np.dtype:
+        """Type of rows of the state that have none of their own."""
+        return self._state_dtype
+
+    def history_of(self, tokens: np.ndarray) -> np.ndarray | None:
+        """What look-ups know behind tokens [N] of one sequence, int64 [1, N-1]; None where nothing is looked up."""
+        if self._lookup is None:
+            return None
+        history = self._lookup.hasher.empty_history(1)
+        # No more can be seen than the history is long.
+        return self._lookup.hasher.rows(tokens[None, -history.shape[1] :], history)[1]
+
     def _given(self, state: Any) -> dict[str, np.ndarray]:
         """Numbers that the graph takes beside tokens and positions."""
         return {DECODER_START: state.decoder_start_B} if self._has_decoder else {}

@@ -16,6 +16,7 @@ from v4export.chat.answer import Answer
 from v4export.errors import BadInput, NotSupported
 from v4export.runtime.drafting import Drafter, Drafting, Drafts
 from v4export.runtime.pausing import Pause, Pausing, Thinks, paused
+from v4export.runtime.prompt_cache import PromptCache
 from v4export.runtime.sampling import Sampler, Sampling
 from v4export.runtime.tokenizer import Tokenizer
 
@@ -94,7 +95,7 @@ class Timings:
 
     prefill_s: float  # from the encoded prompt to the first token
     decode_s: float  # from the first token to the last
-    prefill_tokens_per_s: float  # prompt tokens over prefill_s
+    prefill_tokens_per_s: float  # prompt tokens that were computed, over prefill_s
     decode_tokens_per_s: float  # new tokens but the first, over decode_s
     first_token_s: float  # from the call to the first token, encoding included
 
@@ -112,6 +113,7 @@ class Generation:
     drafted: int = 0  # tokens that were drafted
     accepted: int = 0  # of them
     answer: Answer | None = None  # of a conversation: the new text as a message
+    cached_tokens: int = 0  # tokens of the prompt whose state was in a file, and that were not computed
 
     def as_json(self) -> dict[str, Any]:
         """The same, as JSON values."""
@@ -360,6 +362,7 @@ def run_text(
     drafting: Drafting | None = None,
     refused_ids: Mapping[int, str] | None = None,
     framed: bool = False,
+    prompt_cache: PromptCache | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Completes one text.
@@ -371,6 +374,7 @@ def run_text(
         ignore_eos: go on after ``stop_ids`` and the end token; stop strings still count.
         refused_ids: tokens that a prompt may not have, and why.
         framed: whether the prompt has its special tokens already, as those of chat templates have.
+        prompt_cache: a file that may hold the beginning of the prompt, and is to hold it afterwards.
         on_text: called with each piece of text as it becomes certain; the pieces joined are the result's text.
 
     Raises:
@@ -394,8 +398,9 @@ def run_text(
             if on_text:
                 on_text(piece)
 
+    cached = prompt_cache.over(executor, ids) if prompt_cache else None
     events = generate(
-        executor,
+        cached or executor,
         [ids],
         max_new_tokens=max_new_tokens,
         sampler=Sampler(sampling or Sampling()),
@@ -423,6 +428,9 @@ def run_text(
             break
     show(stops.push(stream.flush()))
     show(stops.flush())
+    held = cached.reused if cached else 0
+    if cached:
+        cached.close()
     return Generation(
         text="".join(pieces),
         tokens=tuple(tokens),
@@ -431,13 +439,14 @@ def run_text(
         timings=Timings(
             prefill_s=first - encoded,
             decode_s=last - first,
-            prefill_tokens_per_s=len(ids) / max(first - encoded, _SHORTEST_S),
+            prefill_tokens_per_s=(len(ids) - held) / max(first - encoded, _SHORTEST_S),
             decode_tokens_per_s=(len(tokens) - 1) / max(last - first, _SHORTEST_S),
             first_token_s=first - start,
         ),
         pauses=tuple(pauses),
         drafted=drafting.drafted if drafting else 0,
         accepted=drafting.accepted if drafting else 0,
+        cached_tokens=held,
     )
 
 

@@ -19,6 +19,30 @@ CHUNK = 512
 _WARM_UP = 16
 
 
+#: Percentiles of latencies.
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What no decoded token can be faster than: reading all that it has to read, at the measured bandwidth.
+
+    Attributes:
+        weights: bytes of them that a token reads.
+        state: bytes of cached rows that it reads, on average over the steps that were measured.
+        bandwidth: bytes a second.
+    """
+
+    weights: float
+    state: float
+    bandwidth: float
+
+    @property
+    def seconds(self) -> float:
+        """Of one token."""
+        return (self.weights + self.state) / self.bandwidth
+
+
 @dataclass(frozen=True)
 class Drafted:
     """The same prompts once more, with drafts.
@@ -58,6 +82,8 @@ class Speed:
         prefill_s: seconds of each repetition's prompt, to the logits of its first new token.
         steps_s: seconds of each step after that, of all repetitions.
         drafts: what drafts made of it, where there were any.
+        peak_mib: peak memory of the process, mapped pages of weights included; 0 where it was not asked for.
+        floor: of a decoded token; None where it is not known.
     """
 
     prompt_tokens: int
@@ -65,6 +91,8 @@ class Speed:
     prefill_s: tuple[float, ...]
     steps_s: tuple[float, ...]
     drafts: Drafted | None = None
+    peak_mib: float = 0.0
+    floor: Floor | None = None
 
     @property
     def rates(self) -> dict[str, tuple[float, float]]:
@@ -80,10 +108,21 @@ class Speed:
         return {f"tg{self.new_tokens}+{d.most}": _spread([steps / s for s in d.decode_s])} if d else {}
 
     @property
-    def latencies(self) -> dict[str, tuple[float, float]]:
-        """Seconds to the first token, and for each one after it: what half of them, and nine in ten, stay under."""
+    def latencies(self) -> dict[str, dict[str, float]]:
+        """Seconds to the first token, and for each one after it: what half of them, nine in ten, and 99 in a hundred
+        stay under.
+        """
         named = {"TTFT": self.prefill_s, "TPOT": self.steps_s}
-        return {name: (_percentile(s, 50), _percentile(s, 90)) for name, s in named.items() if s}
+        return {
+            name: {f"p{percent}": float(np.percentile(s, percent)) for percent in PERCENTILES}
+            for name, s in named.items()
+            if s
+        }
+
+    @property
+    def of_floor(self) -> float | None:
+        """The floor's share of the median time of a decoded token: 1 is as fast as memory can be read."""
+        return self.floor.seconds / self.latencies["TPOT"]["p50"] if self.floor and self.steps_s else None
 
 
 def measure(
@@ -181,7 +220,3 @@ def _run(
 def _spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _percentile(values: Sequence[float], percent: float) -> float:
-    return float(np.percentile(values, percent))

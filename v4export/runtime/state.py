@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -48,6 +48,14 @@ class Buffer:
         if self.tensor.ring is None and rows > had:
             old, self.array = self.array, np.zeros((batch, rows, width), self.array.dtype)
             self.array[:, :had] = old
+
+    def kept(self, rows: int) -> np.ndarray:
+        """The first rows of the first sequence, [rows, W], on the host."""
+        return self.array[0, :rows]
+
+    def restore(self, rows: np.ndarray) -> None:
+        """Make rows [n, W] the first of the first sequence."""
+        self.array[0, : len(rows)] = rows
 
     def take(self, b: int, first: int, new: np.ndarray) -> None:
         """Put a sequence's new rows, numbered from ``first``, in their places."""
@@ -254,3 +262,20 @@ class State:
         if ring is None:
             return buffer.array[b, :count]
         return buffer.array[b, np.arange(max(0, count - ring), count) % ring]
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """What the only sequence holds, by the graph's names: rows [n, W], rings as they lie."""
+        tokens = int(self.lengths_B[0])
+        return {name: buffer.kept(buffer.tensor.stored(tokens)) for name, buffer in self._by_name()}
+
+    def restore(self, tokens: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Hold so many tokens, in a state of one sequence that holds none, by what was stored of as many or more."""
+        self.reserve(tokens)
+        for name, buffer in self._by_name():
+            buffer.restore(rows[name][: buffer.tensor.stored(tokens)])
+        self.lengths_B = np.array([tokens])
+
+    def _by_name(self) -> Iterator[tuple[str, Buffer]]:
+        for layer, buffers in enumerate(self.layers):
+            for name, buffer in buffers.items():
+                yield state_name(layer, name), buffer

@@ -60,7 +60,8 @@ class Device:
         numbers = int(np.prod(shape))
         return torch.empty(max(numbers, 1), dtype=dtype, device=self.name)[:numbers].view(shape)
 
-    def fetch(self, tensor: torch.Tensor) -> np.ndarray:
+    @staticmethod
+    def fetch(tensor: torch.Tensor) -> np.ndarray:
         """A copy on the host, which all that was put on the stream has ended for."""
         host = tensor.cpu()
         if tensor.dtype not in _NUMPY_LACKS:

@@ -72,6 +72,15 @@ class DeviceBuffer(Buffer):
             self.array = _sequences(self.memory, rows)
             self.array[:, :had] = old
 
+    def kept(self, rows: int) -> np.ndarray:
+        """The first rows of the first sequence, [rows, W], copied to the host."""
+        return Device.fetch(self.array[0, :rows])
+
+    def restore(self, rows: np.ndarray) -> None:
+        """Copy rows [n, W] to the first of the first sequence."""
+        bits = torch.from_numpy(np.array(rows).reshape(-1).view(np.uint8))
+        self.array[0, : len(rows)] = bits.view(self.array.dtype).view(rows.shape)
+
     def read(self, count: int) -> torch.Tensor:
         """The rows of the first ``count`` sequences of the memory, [count, capacity, W]."""
         return self.array if count == len(self.array) else _sequences(self.memory, self.array.shape[1])[:count]
@@ -118,6 +127,18 @@ class DeviceState(State):
         assert self.device
         with self.device.scope():
             super().put(b, other)
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """What the only sequence holds, copied to the host."""
+        assert self.device
+        with self.device.scope():
+            return super().stored()
+
+    def restore(self, tokens: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Hold so many tokens, by copies to the device."""
+        assert self.device
+        with self.device.scope():
+            super().restore(tokens, rows)
 
     def first(self, count: int, room: int = 1) -> Self:
         """A state of the first ``count`` sequences in the same memory, with room for so many more tokens of each."""

@@ -87,6 +87,18 @@ sharding_options = options(
     )
 )
 
+#: Where a prompt's state is kept.
+prompt_cache_options = options(
+    click.option(
+        "--prompt-cache",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Take the prompt's state from this file as far as it goes, and keep it there.",
+    ),
+    click.option("--prompt-cache-all", is_flag=True, help="Keep what is generated there, too."),
+    click.option("--prompt-cache-ro", is_flag=True, help="Only take from it."),
+)
+
 #: What runs a bundle.
 executor_options = options(
     click.option(

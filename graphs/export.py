@@ -18,14 +18,14 @@ from v4export.checkpoint.audit import Audit, Weight
 from v4export.checkpoint.tensor import StoredTensor
 from v4export.config import ModelConfig
 from v4export.engram.files import write as write_engram
-from v4export.graphs.lint import Lint, lint, lint_nodes
+from v4export.graphs.lint import Lint, experts_referenced, lint, lint_nodes
 from v4export.graphs.lower import lower_for_cpu
 from v4export.graphs.ranks import Plan, describe, pieces, rank_graph, stamp_ranks
 from v4export.graphs.read_back import check_formats
 from v4export.graphs.repacked import Repacking
 from v4export.graphs.roundings import check_roundings
-from v4export.graphs.stamp import stamp, stamp_remembering, stamp_thinking
-from v4export.graphs.trace import ENTRIES, THINK, THINK_MIX, THINK_STEP
+from v4export.graphs.stamp import stamp, stamp_drafting, stamp_remembering, stamp_thinking
+from v4export.graphs.trace import DRAFT_BLOCK, ENTRIES, THINK, THINK_MIX, THINK_STEP
 from v4export.graphs.tracing import traced
 from v4export.graphs.types import without_types
 from v4export.graphs.variants import roles
@@ -39,6 +39,9 @@ PORTABLE = "model.onnx"
 REMEMBERING = "remember.onnx"
 #: Of a model that thinks: a whole thought; one step of one, for a caller that loops; and what a thought comes to.
 THINKING, THINKING_STEP, THINKING_MIX = "think.onnx", "think_step.onnx", "think_mix.onnx"
+
+#: Of a model that drafts: its first multi-token prediction layer.
+DRAFTING = "draft.onnx"
 
 
 def for_cpu(graph: str) -> str:
@@ -65,6 +68,7 @@ STAMPS: dict[str, tuple[str, Stamp]] = {
     THINKING: (THINK, partial(stamp_thinking, part=THINK)),
     THINKING_STEP: (THINK_STEP, partial(stamp_thinking, part=THINK_STEP)),
     THINKING_MIX: (THINK_MIX, partial(stamp_thinking, part=THINK_MIX)),
+    DRAFTING: (DRAFT_BLOCK, stamp_drafting),
 }
 
 
@@ -180,6 +184,7 @@ def export_graphs(
         proved = lint(graphs[PORTABLE], config, precision, parts)
         for name in graphs.keys() - {PORTABLE}:
             lint_nodes(graphs[name])
+            experts_referenced(graphs[name], lambda _: range(config.num_experts))
             check_formats(graphs[name], config, precision)
             check_roundings(graphs[name], config, precision)
         return _written(graphs, proved, placement, out, stages, Repacking() if cpu_weights else None, units, at)

@@ -81,7 +81,7 @@ def lint(
     lint_nodes(model)
     return Lint(
         _nodes_per_layer(model, config, precision, parts, layers or range(config.num_layers)),
-        _experts_referenced(model, experts or (lambda _: range(config.num_experts))),
+        experts_referenced(model, experts or (lambda _: range(config.num_experts))),
         tuple(f"{domain}::{name}" for domain, name, _ in model.functions),
         check_formats(model, config, precision),
         check_roundings(model, config, precision),
@@ -190,7 +190,7 @@ def _nodes_per_layer(
     return counts
 
 
-def _experts_referenced(model: ir.Model, experts: Callable[[int], Sequence[int]]) -> int:
+def experts_referenced(model: ir.Model, experts: Callable[[int], Sequence[int]]) -> int:
     """Every expert's three matrices enter their layer's node, each once and in order, and so do their multipliers."""
     total = 0
     for node in (n for n in model.graph if n.op_type == "MoeExperts"):

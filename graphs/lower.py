@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 from v4export.graphs.passes.cpu_kernels import KERNELS, cpu_kernels, takes_experts
 from v4export.graphs.passes.expand_prefill import expand_prefill
 from v4export.graphs.passes.group_experts import group_experts
+from v4export.graphs.passes.head_linear import head_linear
 from v4export.graphs.passes.nbits_experts import nbits_experts
 from v4export.graphs.passes.nbits_linear import nbits_linear
 from v4export.graphs.passes.plugin_kernels import plugin_kernels
@@ -57,6 +58,7 @@ def lower_for_kernels(path: Path) -> ir.Model:
     model = ir.load(path)
     group_experts(model, lambda node: not takes_experts(node))
     cpu_kernels(model)
+    head_linear(model)
     expand_prefill(model)
     common.InlinePass()(model)
     unpack_fp4(model)

@@ -17,7 +17,17 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from v4export.checkpoint.pieces import Share
 from v4export.config import ModelConfig
 from v4export.graphs.shards import Placed, numpy_dtype
-from v4export.graphs.trace import CALLER, DECODER_START, ENTRIES, ROWS, Part
+from v4export.graphs.trace import (
+    CALLER,
+    DECODER_START,
+    DRAFT_BLOCK,
+    DRAFT_ENTRY,
+    DRAFT_HEAD,
+    ENTRIES,
+    FEATURES,
+    ROWS,
+    Part,
+)
 from v4export.graphs.variants import kind_of
 from v4export.model.block import STATE, block_shares
 from v4export.model.load import hub_name
@@ -119,6 +129,13 @@ def stamp_thinking(
     return _Stamper(config, precision, parts, weights, base).thinking(part)
 
 
+def stamp_drafting(
+    config: ModelConfig, precision: Precision, parts: Mapping[str, Part], weights: Mapping[str, Placed], base: Path
+) -> ir.Model:
+    """The graph of a layer that drafts; args as for ``stamp``."""
+    return _Stamper(config, precision, parts, weights, base).drafting()
+
+
 #: How the graph's values are called that leave a block, state apart.
 _NAMES = {
     "hidden": hidden_name,
@@ -154,12 +171,24 @@ class _Stamper:
             known[DECODER_START] = self._input(DECODER_START, CALLER["position"], ir.DataType.INT64)
         for layer in range(c.num_layers):
             self._layer(layer, kind_of(c, self.precision, layer), known, state_tensors(c, layer))
-        said = self._place(self.parts["head"], "head.", None, known)
-        for name, value in said.items():
-            value.name, value.shape = name, ir.Shape(self._shapes()[name])
+        said = self._head(self.parts["head"], None, known)
         if c.thinks:
             self._reasoning_rows(known)
-        return self._model([*said.values()])
+        return self._model(said)
+
+    def drafting(self) -> ir.Model:
+        """The layer that drafts, numbered behind the model's own, between ends of its own."""
+        layer = self.config.num_layers
+        known = self._begin([*CALLER, FEATURES], DRAFT_ENTRY, layer)
+        self._layer(layer, DRAFT_BLOCK, known, state_tensors(self.config, layer))
+        return self._model(self._head(self.parts[DRAFT_HEAD], layer, known))
+
+    def _head(self, part: Part, layer: int | None, known: Mapping[str, ir.Value]) -> list[ir.Value]:
+        """What it says. Of what the graph is also given it is called ``new_`` that."""
+        said, given = self._place(part, "head.", layer, known), {value.name for value in self.inputs}
+        for name, value in said.items():
+            value.name, value.shape = f"new_{name}" if name in given else name, ir.Shape(self._shapes()[name])
+        return [*said.values()]
 
     def _reasoning_rows(self, known: Mapping[str, ir.Value]) -> None:
         """What reasoning layers keep of the step's tokens."""
@@ -189,7 +218,10 @@ class _Stamper:
     def _shapes(self) -> dict[str, tuple[int | str, ...]]:
         """What graphs return besides new rows of the state, by name."""
         c, each = self.config, ("B", "Q")
-        shapes: dict[str, tuple[int | str, ...]] = {"logits": (*each, c.vocab_size)}
+        shapes: dict[str, tuple[int | str, ...]] = {
+            "logits": (*each, c.vocab_size),
+            FEATURES: ("B", "S", *c.hidden_shape),
+        }
         if c.reasoning is None:
             return shapes
         shapes |= dict.fromkeys(("trunk", "thought"), (*each, c.hidden_size)) | dict.fromkeys(("weight", "token"), each)
@@ -208,12 +240,14 @@ class _Stamper:
         self.inputs = [value for value in self.inputs if value.uses()]
         return self._model([])
 
-    def _begin(self, caller: Sequence[str]) -> dict[str, ir.Value]:
-        """What all layers read: the caller's inputs, and what the embedding makes of them."""
-        known = {name: self._input(name, CALLER[name], ir.DataType.INT64) for name in caller}
-        made = self._place(self.parts["embed"], "embed.", None, known)
+    def _begin(self, caller: Sequence[str], part: str = "embed", layer: int | None = None) -> dict[str, ir.Value]:
+        """What layers read, all of them or the one that drafts: inputs, and what the embedding makes of them."""
+        inputs = dict.fromkeys(CALLER, ir.DataType.INT64) | {FEATURES: self.activations}
+        dims = CALLER | {FEATURES: self._shapes()[FEATURES]}
+        known = {name: self._input(name, dims[name], inputs[name]) for name in caller}
+        made = self._place(self.parts[part], "embed.", layer, known)
         for name in made.keys() & _NAMES.keys():
-            made[name].name = _NAMES[name](-1)
+            made[name].name = _NAMES[name]((layer or 0) - 1)
         return known | made
 
     def _layer(self, layer: int, kind: str, known: dict[str, ir.Value], tensors: Sequence[StateTensor]) -> None:

@@ -35,6 +35,7 @@ from v4export.model.block import (
     head_reads,
     head_returns,
 )
+from v4export.model.draft import DraftEntry
 from v4export.model.inputs import round_inputs
 from v4export.model.linear import activations_of, hold
 from v4export.model.reasoning import ThinkingHead
@@ -48,6 +49,9 @@ from v4export.state_contract import StateTensor, may_skip_decoder, remembered, s
 #: What the caller of the whole graph gives besides the state, with dynamic dimensions by the project's letters.
 CALLER: dict[str, tuple[str, ...]] = {"input_ids": ("B", "S"), "position": ("B",), "logits_at": ("B", "Q")}
 
+#: Of these, what the first part of a graph is given.
+_ENTERS = ("input_ids", "position")
+
 #: The same of a model that has a decoder: the first token of each sequence that has passed it.
 DECODER_START = "decoder_start"
 
@@ -57,6 +61,10 @@ ENTRIES = "entries"
 #: Parts of a model that thinks: what its reasoning layers keep of a step's tokens; a whole thought; one step of one;
 #: what a thought comes to.
 ROWS, THINK, THINK_STEP, THINK_MIX = "reasoning", "think", "think_step", "think_mix"
+
+#: Parts of a layer that drafts, and what it is given of each token besides the one that follows.
+DRAFT_ENTRY, DRAFT_BLOCK, DRAFT_HEAD = "draft entry", "draft block", "draft head"
+FEATURES = "features"
 
 #: Sizes the tracer plugs in for each letter; T/n and S/n are rows that stand for n tokens. All differ and none is 0 or
 #: 1, lest torch.export take two for the same or for a constant.
@@ -163,7 +171,8 @@ def trace_parts(
     """Trace what the model is made of: ``embed``, a block of each kind that occurs, ``head``.
 
     A model with a decoder also has the part ``entries``: what the decoder's first layer keeps of a token. One that
-    thinks has the parts ``reasoning``, ``think``, ``think_step`` and ``think_mix``.
+    thinks has the parts ``reasoning``, ``think``, ``think_step`` and ``think_mix``; one that drafts ``draft entry``,
+    ``draft block`` and ``draft head``.
 
     Args:
         config: the model.
@@ -185,26 +194,42 @@ def part_names(config: ModelConfig, precision: Precision) -> list[str]:
 
 def _kinds(config: ModelConfig, precision: Precision, absorbed: bool) -> dict[str, _Kind]:
     dtype = activations_of(precision)
-    known = _activations(config, dtype)
 
-    def prepared(module: nn.Module, layer: int | None = None) -> nn.Module:
+    def prepared(module: Any, layer: int | None = None) -> Any:
         """A part that holds its matrices, and rounds their inputs, as the recipe says."""
         return round_inputs(hold(module, formats(config, precision, layer)), rounding(config, precision, layer))
 
-    def reads(layer: int) -> dict[str, Activation]:
+    def reads(layer: int, config: ModelConfig = config) -> dict[str, Activation]:
         names = ["hidden", *block_reads(config, layer)]
         held = {STATE + t.name: _held(t, dtype) for t in state_tensors(config, layer)}
-        shared = _shared(config, layer, dtype)
-        return {name: (known | shared)[name] for name in names} | held
+        there = _activations(config, dtype) | _shared(config, layer, dtype)
+        return {name: there[name] for name in names} | held
 
-    def block(layer: int) -> _Kind:
+    def block(layer: int, config: ModelConfig = config, stored: int | None = None) -> _Kind:
+        """That of a layer, whose weights are those of layer ``stored`` of the checkpoint; the same unless given."""
         returns = tuple(block_returns(config, layer))
+        stored = layer if stored is None else stored
 
         def call(run: Callable[..., Any], named: dict[str, torch.Tensor]) -> Any:
             out: BlockOutput = run(named["hidden"], named, _held_by(named))
             return tuple(out.named()[name] for name in returns)
 
-        return _Kind(prepared(Block(config, layer, dtype, absorbed, experts=1), layer), reads(layer), call, returns)
+        part = prepared(Block(config, layer, dtype, absorbed, experts=1), stored)
+        return _Kind(part, reads(layer, config), call, returns)
+
+    def ends(embed: Embed, head: nn.Module, config: ModelConfig = config) -> tuple[_Kind, _Kind]:
+        """Both ends of a stack."""
+        there = _activations(config, dtype)
+        given = [*_ENTERS, *([FEATURES] if isinstance(embed, DraftEntry) else [])]
+        return (
+            _Kind(embed, {name: there[name] for name in given}, _in_order, tuple(embed_returns(config))),
+            _Kind(head, {name: there[name] for name in head_reads(config)}, _in_order, tuple(head_returns(config))),
+        )
+
+    def drafting(own: ModelConfig, stored: int) -> dict[str, _Kind]:
+        """The parts of a layer that drafts."""
+        entry, head = ends(prepared(DraftEntry(own, dtype), stored), prepared(Head(own, dtype), stored), own)
+        return {DRAFT_ENTRY: entry, DRAFT_BLOCK: block(0, own, stored), DRAFT_HEAD: head}
 
     def entries(layer: int) -> _Kind:
         returns = tuple(t.name for t in remembered(config, layer))
@@ -217,20 +242,14 @@ def _kinds(config: ModelConfig, precision: Precision, absorbed: bool) -> dict[st
         return _Kind(part, reads(layer), call, returns, partial=True)
 
     with torch.device("meta"):
-        embed, head = Embed(config, dtype), prepared(Head(config, dtype))
+        embed, head = ends(Embed(config, dtype), prepared(Head(config, dtype)))
         return {
-            "embed": _Kind(
-                embed,
-                {name: known[name] for name in ("input_ids", "position")},
-                _in_order,
-                tuple(embed_returns(config)),
-            ),
+            "embed": embed,
             **{kind: block(layer) for kind, layer in kinds(config, precision).items()},
             **({ENTRIES: entries(_decoder(config))} if may_skip_decoder(config) else {}),
-            "head": _Kind(
-                head, {name: known[name] for name in head_reads(config)}, _in_order, tuple(head_returns(config))
-            ),
-            **(_thinking(config, dtype, known, absorbed, prepared) if config.thinks else {}),
+            "head": head,
+            **(_thinking(config, dtype, _activations(config, dtype), absorbed, prepared) if config.thinks else {}),
+            **(drafting(config.drafter, config.num_layers) if config.drafts else {}),
         }
 
 
@@ -287,6 +306,7 @@ def _activations(config: ModelConfig, dtype: torch.dtype) -> dict[str, Activatio
     """What parts read besides weights and state, by name."""
     known = {name: Activation(dims) for name, dims in CALLER.items()}
     known["hidden"] = Activation(("M", *config.hidden_shape), dtype)
+    known[FEATURES] = Activation(("B", "S", *config.hidden_shape), dtype)
     known[DECODER_START] = Activation(("B",))
     if config.hyper:
         known["pre"] = Activation(("M", config.hyper.streams), torch.float32)

@@ -13,13 +13,14 @@ from v4export import presets
 from v4export.config import ModelConfig, Reasoning
 from v4export.config.chosen import UNCHANGED, Chosen
 from v4export.config.readers import to_hub_config
-from v4export.errors import BadInput
+from v4export.errors import BadInput, NotSupported
 from v4export.package.bundle import MANIFEST, Bundle
 from v4export.plain import to_json
 
 PLAIN, ENGRAM = presets.load("tiny-v3"), presets.load("tiny-v4.1")
 THINKS = replace(PLAIN, reasoning=Reasoning(2, 4, num_heads=3))
-MODELS = {"plain": PLAIN, "engram": ENGRAM, "thinks": THINKS}
+DRAFTS = replace(PLAIN, num_mtp_layers=1)
+MODELS = {"plain": PLAIN, "engram": ENGRAM, "thinks": THINKS, "drafts": DRAFTS}
 #: What can be chosen, and of which model.
 CHOICES = [
     ("plain", Chosen(layers=2)),
@@ -32,6 +33,8 @@ CHOICES = [
     ("thinks", Chosen(layers=1, think_steps=2)),
     ("thinks", Chosen(think_steps=2, state="fp8")),
     ("plain", Chosen(state="fp8")),
+    ("drafts", Chosen(draft=True)),
+    ("drafts", Chosen(layers=3, state="fp8", draft=True)),
 ]
 
 
@@ -54,6 +57,31 @@ def test_state() -> None:
     assert config.state_fp8 and config.thinker.state_fp8 and config.num_layers == 1
     with pytest.raises(BadInput, match="'fp4', known: auto, fp8"):
         Chosen(state="fp4").of(PLAIN)
+
+
+def test_drafts() -> None:
+    config = Chosen(draft=True, state="fp8").of(DRAFTS)
+    assert config.drafts and not Chosen().of(DRAFTS).drafts
+    own = config.drafter
+    assert (own.num_layers, own.moe_layers, own.state_fp8, own.hidden_size) == (1, (0,), True, PLAIN.hidden_size)
+    four = Chosen(draft=True).of(replace(presets.load("tiny-v4"), num_mtp_layers=1)).drafter
+    assert four.compressed and four.compressed.layers == ("window",) and not four.hash_layers
+
+
+@pytest.mark.parametrize(
+    ("config", "chosen", "error", "message"),
+    [
+        (PLAIN, Chosen(draft=True), BadInput, "no multi-token prediction layer"),
+        (DRAFTS, Chosen(layers=2, draft=True), BadInput, "goes on from the last layer"),
+        (replace(THINKS, num_mtp_layers=1), Chosen(draft=True), NotSupported, "reasoning layers"),
+        (replace(ENGRAM, num_mtp_layers=3), Chosen(draft=True), NotSupported, "DSpark"),
+        (replace(presets.load("v4-lite"), num_mtp_layers=1), Chosen(think_steps=0, draft=True), NotSupported, "Engram"),
+    ],
+)
+def test_what_cannot_draft(config: ModelConfig, chosen: Chosen, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        chosen.of(config)
+    assert Chosen(think_steps=0, draft=True).of(replace(THINKS, num_mtp_layers=1)).drafts
 
 
 def test_engram_inside() -> None:
@@ -146,6 +174,7 @@ def test_a_manifest_that_chooses_what_its_model_does_not_have(tmp_path: Path, ch
         {"think_steps": [2]},
         {"layers": True},
         {"engram_inside": "yes"},
+        {"draft": 1},
         {"state": "int4"},
         {"state": True},
     ],

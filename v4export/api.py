@@ -41,6 +41,7 @@ from v4export.plan.simulate import Simulation
 from v4export.progress import Stages, peak_memory_mib
 from v4export.repeating import Repeated, repeat
 from v4export.runtime.bandwidth import read_bandwidth
+from v4export.runtime.drafting import Drafting
 from v4export.runtime.executors import ONNXRUNTIME, Choice
 from v4export.runtime.speed import Floor, Speed, measure
 from v4export.state_contract import bytes_per_token, fixed_bytes
@@ -113,6 +114,7 @@ def plan(
     layers: range | None = None,
     engram_inside: bool = False,
     think_steps: int | None = None,
+    draft: bool = False,
     state: str = AUTO,
     no_engine: bool = False,
     no_verify: bool = False,
@@ -123,13 +125,13 @@ def plan(
 ) -> planning.Plan:
     """What building a model, a directory's or a preset's, and running it will take; nothing is done.
 
-    ``layers``, ``engram_inside``, ``think_steps`` and ``state`` are as of :func:`build`; ``tp``, ``ep`` and ``pp`` say
-    how it is spread over devices (``v4export.plan.sharding``); the others are as of ``v4export.plan.verb.plan``.
+    ``layers``, ``engram_inside``, ``think_steps``, ``draft`` and ``state`` are as of :func:`build`; ``tp``, ``ep`` and
+    ``pp`` say how it is spread over devices (``v4export.plan.sharding``); others are as of ``v4export.plan.verb.plan``.
 
     Raises:
         BadInput, NotSupported: as a build would.
     """
-    chosen = Chosen(first_layers(layers), engram_inside, think_steps, None if state == AUTO else state)
+    chosen = Chosen(first_layers(layers), engram_inside, think_steps, None if state == AUTO else state, draft)
     wanted: dict[str, Any] = {"engine": not no_engine, "verify": not no_verify, "sharding": Sharding(tp, ep, pp)}
     return planning.plan(model, chosen=chosen, **wanted, **options)
 
@@ -140,6 +142,7 @@ def bench(
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     repetitions: int = 3,
+    draft_max: int | None = None,
     threads: int = 0,
     device: str = "cpu",
     executor: str = ONNXRUNTIME,
@@ -150,18 +153,21 @@ def bench(
 ) -> Speed:
     """Measure a bundle on this machine: random prompts, and the likeliest tokens after them; executors as of ``run``.
 
-    On a CPU, also how fast memory is read by as many threads, and from that the least time of a decoded token.
+    One with a draft graph is run once more with ``draft_max`` tokens drafted ahead of a step, 1 unless given. On a CPU,
+    also how fast memory is read by as many threads, and from that the least time of a decoded token.
 
     Raises:
-        BadInput: it is no bundle, or holds fewer tokens.
+        BadInput: it is no bundle, or holds fewer tokens, or has nothing to draft with.
     """
     bundle = Bundle.open(Path(folder)).checked(check_files)
     if device not in ("cpu", "cuda"):
         raise BadInput(f"--device {device} is not here to be measured", fix="give cpu or cuda, or --simulate N")
     opened = Choice(executor, device, threads, cuda_graphs=cuda_graphs, kernels=kernels).open(bundle)
+    drafting = Drafting.of(draft_max, bundle.config.drafts)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repetitions": repetitions}
-    with (stages or Stages(quiet=True)).stage("bench", repetitions * (prompt_tokens + new_tokens)) as advance:
-        speed = measure(opened, bundle.config.vocab_size, advance=advance, **sizes)
+    total = repetitions * (prompt_tokens + new_tokens) * (2 if drafting else 1)
+    with (stages or Stages(quiet=True)).stage("bench", total) as advance:
+        speed = measure(opened, bundle.config.vocab_size, drafting=drafting, advance=advance, **sizes)
     speed, floor = replace(speed, peak_mib=peak_memory_mib()), None
     if (executor, device) == (ONNXRUNTIME, "cpu"):
         context = prompt_tokens + new_tokens // 2
@@ -425,12 +431,17 @@ def synth(
     *,
     seed: int = 0,
     dtype: str | None = None,
+    draft: bool = False,
     sparse: bool = False,
     fused: bool = False,
     stages: Stages | None = None,
 ) -> Path:
-    """Write a checkpoint with random weights for a preset or a ``config.json``."""
+    """Write a checkpoint with random weights for a preset or a ``config.json``.
+
+    With ``draft``, it has one multi-token prediction layer, which others than V3's, V3.2's and V4's cannot have.
+    """
     model = presets.load(config) if config in presets.names() else _config_file(config)
+    model = Chosen(draft=True).of(replace(model, num_mtp_layers=1)) if draft else model
     with (stages or Stages(quiet=True)).stage("synth", 2 * parameter_counts(model).total) as advance:
         return write_checkpoint(model, Path(out), seed=seed, dtype=dtype, sparse=sparse, fused=fused, advance=advance)
 

@@ -59,6 +59,7 @@ class Asked:
     cpu_weights: bool
     engram_inside: bool
     think_steps: int | None
+    draft: bool
     state: str
     calibrate: Source | None
     sharding: Sharding

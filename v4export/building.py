@@ -34,6 +34,7 @@ from v4export.engine.options import (
     precision_for,
     prefill_chunk,
 )
+from v4export.errors import NotSupported
 from v4export.graphs.export import THINKING, Graphs, engine_precisions, export_graphs, for_engine
 from v4export.graphs.lower import lower_for_engine
 from v4export.graphs.ranks import Plan
@@ -94,6 +95,7 @@ def build(
     cpu_weights: bool = True,
     engram_inside: bool = False,
     think_steps: int | None = None,
+    draft: bool = False,
     state: str = AUTO,
     calibrate: str | Path | None = None,
     sharding: Sharding = WHOLE,
@@ -122,6 +124,7 @@ def build(
         cpu_weights: write integer matrices once more, as onnxruntime's kernels for a CPU read them.
         engram_inside: make Engram tables part of the graph, which must be small enough.
         think_steps: of a thought, in place of the model's own; 0 leaves reasoning layers out.
+        draft: export the first multi-token prediction layer, too, so that runs can draft tokens.
         state: ``auto`` keeps cached rows in the activations' type, ``fp8`` those that attention reads as E4M3.
         calibrate: text, or a file of :func:`calibrate`'s, for a recipe that rounds inputs by scales.
         sharding: share the model among ranks, each of which gets a graph and an engine of its own.
@@ -151,18 +154,19 @@ def build(
         check_targets(engine, asked)
     with collected_seldom(), whole_folder(Path(out), force, resume, stages.say) as folder:
         units = Units(folder, folder.parent, common=[versions(), code_hash()], stages=stages)
-        chosen = Chosen(first_layers(layers), engram_inside, think_steps, None if state == AUTO else state)
+        chosen = Chosen(first_layers(layers), engram_inside, think_steps, None if state == AUTO else state, draft)
         checkpoint = open_checkpoint(model, chosen)
         config = checkpoint.config
         found = find_precision(precision, config, keep)
         found.check(roles(config))
+        _check_drafts(config, found, sharding)
         length = longest(config, max_seq_len)
         if engine:
             prefill_chunk(config, engine, length, found)
         load = read_expert_load(Path(expert_load)) if expert_load else None
         wanted = Asked(
             precision=precision, keep=tuple(keep), max_seq_len=length, layers=chosen.layers, copy_weights=copy_weights,
-            cpu_weights=cpu_weights, engram_inside=engram_inside, think_steps=think_steps, state=state,
+            cpu_weights=cpu_weights, engram_inside=engram_inside, think_steps=think_steps, draft=draft, state=state,
             calibrate=Source.of(calibrate), sharding=sharding, expert_load=Source.of(expert_load),
             scan_values=scan_values, verify=verify, engine=engine, device=device,
         )  # fmt: skip
@@ -218,6 +222,16 @@ def build(
     if engines and THINKING in graphs.files and THINKING not in engines:
         notes.append(f"{THINKING} has no engine: its steps share narrow matrices. think_step.engine thinks the same.")
     return Built(opened, account.summary(), graphs, tuple(notes), verification, engines)
+
+
+def _check_drafts(config: ModelConfig, precision: Precision, sharding: Sharding) -> None:
+    """Raises NotSupported where a layer that drafts cannot be had with the rest of what is asked for."""
+    for what, there, fix in (
+        ("a recipe that rounds inputs by scales", precision.inputs, "choose another --precision"),
+        ("ranks", not sharding.is_one, "leave --tp --ep --pp out"),
+    ):
+        if config.drafts and there:
+            raise NotSupported(f"drafts cannot be had with {what}", fix=f"{fix}, or leave --draft out")
 
 
 def recipe_for(model: str | Path, precision: str, engine: EngineOptions | None) -> tuple[str, str | None]:

@@ -11,6 +11,7 @@ from v4export.config import ModelConfig
 from v4export.cpp import verb as cpp_packaging
 from v4export.errors import BadInput, NotSupported
 from v4export.package.bundle import Bundle
+from v4export.runtime.drafting import Drafting
 from v4export.runtime.executors import ONNXRUNTIME, Choice
 from v4export.runtime.generate import Generation, run_text
 from v4export.runtime.pausing import Pausing
@@ -41,6 +42,7 @@ def run(
     skip_decoder: bool = False,
     think: str | None = None,
     think_threshold: float | None = None,
+    draft_max: int | None = None,
     threads: int = 0,
     accuracy_level: int = 0,
     device: str = "cpu",
@@ -62,7 +64,8 @@ def run(
     checkpoint's chat template, or its family's; ``thinking`` lets the model reason first. The result has an ``answer``.
     With ``skip_decoder``, all but the last tokens of a prompt pass only the layers before the decoder (V4.1). A model
     with reasoning layers pauses to ``think``: a number of steps before every token, ``auto`` where it is not sure
-    (``think_threshold`` in place of the manifest's), or ``off``; ``auto`` unless given. With an ``accuracy_level`` of
+    (``think_threshold`` in place of the manifest's), or ``off``; ``auto`` unless given. One with a draft graph drafts
+    ``draft_max`` tokens ahead of a step, 1 unless given, which changes nothing but speed. With an ``accuracy_level`` of
     4, matrices of integers are multiplied by activations in eight bits (``v4export.runtime.sessions.Running``). Without
     ``check_files``, the bundle's files are not compared with its manifest's hashes first. A ``prompt_cache`` is a file
     that the prompt's state is taken from, as far as it goes, and kept in afterwards, with ``all`` that was generated as
@@ -81,6 +84,9 @@ def run(
     if cache and skip_decoder:
         why = "where the decoder begins depends on how long the prompt is"
         raise NotSupported("a prompt that skips the decoder is kept in no prompt cache", why, "leave one of them out")
+    if cache and draft_max:
+        why = "it holds nothing of the layer that drafts"
+        raise NotSupported("nothing is drafted behind a prompt cache", why, "leave --draft-max or --prompt-cache out")
     pausing = Pausing.read(think, bundle.thinking, think_threshold)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     tokenizer = load_tokenizer(bundle.folder)
@@ -95,6 +101,7 @@ def run(
         ignore_eos=ignore_eos,
         skip_decoder=skip_decoder,
         pausing=pausing,
+        drafting=None if cache else Drafting.of(draft_max, bundle.config.drafts),
         refused_ids=_refused_ids(bundle.config),
         framed=talk is not None,
         prompt_cache=cache,
@@ -157,6 +164,7 @@ def package(
     slots: int = Limits.slots,
     queue: int = Limits.queue,
     chunk: int = Limits.chunk,
+    draft_max: int | None = None,
     max_tokens: int = 256,
     threads: int = 0,
 ) -> Packaged:
@@ -175,18 +183,21 @@ def package(
         slots: sequences that get tokens at the same time.
         queue: requests that may wait for one.
         chunk: the most prompt tokens read between two tokens of others.
+        draft_max: the most tokens drafted ahead of a step; 1 of a bundle with a draft graph, unless given.
         max_tokens: new tokens where a client names no number.
         threads: of onnxruntime; 0 lets it choose.
 
     Raises:
         BadInput: it is no bundle or has changed, it has no tokenizer, or ``out`` exists.
     """
+    bundle = Bundle.open(Path(folder))
+    drafting = Drafting.of(draft_max, bundle.config.drafts)
     return write_repository(
-        Bundle.open(Path(folder)),
+        bundle,
         Path(out),
         name=name,
         choice=Choice(executor, device, threads, cuda_graphs=cuda_graphs, kernels=kernels),
-        limits=Limits(slots, queue, chunk),
+        limits=Limits(slots, queue, chunk, drafting.most if drafting else 0),
         check_files=check_files,
         max_tokens=max_tokens,
     )

@@ -24,6 +24,7 @@ from v4export.cli_options import (
     model_options,
     options,
     print_result,
+    prompt_cache_options,
     quiet_option,
     refuse_beside,
     sharding_options,
@@ -377,16 +378,12 @@ def evaluate(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
 @click.option("--stop", multiple=True, help="Stop before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
 @click.option("--skip-decoder", is_flag=True, help="V4.1: only a prompt's last tokens pass all layers; not exact.")
-@click.option(
-    "--prompt-cache",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Take the prompt's state from this file as far as it goes, and keep it there.",
-)
-@click.option("--prompt-cache-all", is_flag=True, help="Keep what is generated there, too.")
-@click.option("--prompt-cache-ro", is_flag=True, help="Only take from it.")
+@prompt_cache_options
 @click.option("--think", metavar="K|auto|off", help="Steps of a thought before every token, or where unsure.  [auto]")
 @click.option("--think-threshold", type=float, help="Of what shows that it is unsure.  [default: the manifest's]")
+@click.option(
+    "--draft-max", type=click.IntRange(0), metavar="N", help="Tokens drafted ahead of a step; 0 is none.  [default: 1]"
+)
 @click.option("--threads", type=click.IntRange(0), default=0, help="Of onnxruntime; 0 lets it choose.")
 @click.option(
     "--accuracy-level",
@@ -438,6 +435,7 @@ def inspect(model: str, as_json: bool) -> None:
 @_out
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--dtype", help="Of the unquantised tensors.  [default: the config's]")
+@click.option("--draft", is_flag=True, help="A multi-token prediction layer, too.")
 @click.option("--sparse", is_flag=True, help="Real sizes, holes for bytes: a terabyte takes no disk.")
 @click.option("--fused", is_flag=True, help="Experts stacked as transformers holds them.")
 @quiet_option

@@ -56,6 +56,7 @@ model_options = options(
     ),
     click.option("--engram-inside", is_flag=True, help="Make Engram tables part of the graph, if they are small."),
     click.option("--think-steps", type=click.IntRange(0), help="Of a thought; 0 leaves reasoning layers out."),
+    click.option("--draft", is_flag=True, help="Export the first multi-token prediction layer, to draft tokens with."),
     click.option(
         "--state",
         "--kv-cache-dtype",
@@ -84,6 +85,18 @@ sharding_options = options(
             ("pp", ["--pipeline-parallel-size"], "Stages that share the layers, of max(tp, ep) ranks each."),
         )
     )
+)
+
+#: Where a prompt's state is kept.
+prompt_cache_options = options(
+    click.option(
+        "--prompt-cache",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Take the prompt's state from this file as far as it goes, and keep it there.",
+    ),
+    click.option("--prompt-cache-all", is_flag=True, help="Keep what is generated there, too."),
+    click.option("--prompt-cache-ro", is_flag=True, help="Only take from it."),
 )
 
 #: What runs a bundle.

@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     help="Most prompt tokens read between two tokens of the others.",
 )
 @click.option(
+    "--draft-max",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Most tokens drafted ahead of a step; 0 is none.  [default: 1]",
+)
+@click.option(
     "-n",
     "--max-new-tokens",
     "max_tokens",

@@ -23,7 +23,10 @@ from v4export.cli_options import (
 from v4export.progress import Stages
 
 #: What a measurement is told, and a simulation is not.
-_MEASURED = ("prompt_tokens", "new_tokens", "repetitions", "threads", "executor", "cuda_graphs", "check_files")
+_MEASURED = (
+    *("prompt_tokens", "new_tokens", "repetitions", "draft_max", "threads"),
+    *("executor", "cuda_graphs", "check_files"),
+)
 
 _plan_options = options(
     click.argument("model"),
@@ -63,6 +66,9 @@ def plan(model: str, as_json: bool, **given: Any) -> None:
 @click.option("-p", "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of a prompt.")
 @click.option("-n", "--new-tokens", type=click.IntRange(1), default=128, show_default=True, help="After it.")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "--draft-max", type=click.IntRange(0), metavar="N", help="Run once more with N drafted ahead.  [default: 1]"
+)
 @click.option("-t", "--threads", type=click.IntRange(0), default=0, help="Of onnxruntime; 0 lets it choose.")
 @click.option("--device", help="cpu or cuda; of a simulation h200, rtx4090, ...  [default: cpu; h200]")
 @executor_options

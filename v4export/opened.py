@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from v4export import presets
+from v4export.checkpoint.aliases import with_drafter
 from v4export.checkpoint.audit import Audit, audit
 from v4export.checkpoint.index import Checkpoint
 from v4export.config import ModelConfig
@@ -42,7 +43,8 @@ def open_checkpoint(model: str | Path, chosen: Chosen = UNCHANGED) -> Checkpoint
             "give a Hugging Face checkpoint directory",
         )
     checkpoint = Checkpoint.open(path)
-    return replace(checkpoint, config=chosen.of(checkpoint.config))
+    config = chosen.of(checkpoint.config)
+    return replace(checkpoint, config=config, tensors=with_drafter(config, checkpoint.tensors))
 
 
 def audited(model: str | Path, chosen: Chosen, scan_values: bool, stages: Stages) -> tuple[Checkpoint, Audit]:

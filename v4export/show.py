@@ -105,11 +105,12 @@ def verdict(summary: str, seconds: float, command: str) -> str:
 
 def timings(generation: Generation) -> str:
     """Speed of a generation."""
-    t = generation.timings
+    t, accepted, drafted = generation.timings, generation.accepted, generation.drafted
+    drafts = f", {accepted} of {drafted} drafts accepted ({accepted / drafted:.0%})" if drafted else ""
     held = f" ({generation.cached_tokens} from the prompt cache)" if generation.cached_tokens else ""
     return (
         f"[{generation.prompt_tokens} prompt tokens{held}, {t.prefill_tokens_per_s:.0f}/s; "
-        f"{len(generation.tokens)} new, {t.decode_tokens_per_s:.1f}/s; {generation.finish_reason}]"
+        f"{len(generation.tokens)} new, {t.decode_tokens_per_s:.1f}/s{drafts}; {generation.finish_reason}]"
     )
 
 

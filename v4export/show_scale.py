@@ -83,6 +83,10 @@ def speed(found: Speed) -> str:
         parts.append(f"floor: {read} at {f.bandwidth / 1e9:.1f} GB/s take {1e3 * f.seconds:,.2f} ms a token")
         if found.of_floor is not None:
             parts[-1] += f"; the median is at {found.of_floor:.0%} of that speed"
+    if d := found.drafts:
+        tokens = "the same tokens" if d.same else "other tokens, from some near tie on"
+        accepted = f"{d.accepted} of {d.drafted} accepted ({d.acceptance:.0%})"
+        parts.append(f"{d.most} drafted ahead: {accepted}, {d.speed_up:.2f}x as fast, {tokens}")
     return "\n\n".join(parts)
 
 
@@ -93,6 +97,7 @@ def speed_json(found: Speed) -> dict[str, Any]:
         "latencies_s": found.latencies,
         "prefill_s": found.prefill_s,
         "steps_s": found.steps_s,
+        "drafts": vars(d) | {"acceptance": d.acceptance, "speed_up": d.speed_up} if (d := found.drafts) else None,
         "peak_mib": found.peak_mib,
         "floor": found.floor
         and {

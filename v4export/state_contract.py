@@ -89,9 +89,9 @@ class StateTensor:
 
 
 def state_tensors(config: ModelConfig, layer: int) -> tuple[StateTensor, ...]:
-    """The state of one layer; reasoning layers come after the model's own."""
+    """The state of one layer; reasoning layers, or the one that drafts, come after the model's own."""
     if layer >= config.num_layers:
-        return state_tensors(config.thinker, layer - config.num_layers)
+        return state_tensors(config.drafter if config.drafts else config.thinker, layer - config.num_layers)
     kept = _attention(config, layer)
     if config.state_fp8:
         kept = tuple(part for t in kept for part in ((t,) if t.dtype else _narrow(t, exact_columns(config, t.name))))
@@ -178,7 +178,8 @@ def _compressor(entry: str, rows: str, width: int, ratio: int, halves: int) -> t
 
 
 def _all(config: ModelConfig) -> Iterator[StateTensor]:
-    return (tensor for layer in range(config.state_layers) for tensor in state_tensors(config, layer))
+    layers = range(config.state_layers + config.drafts)
+    return (tensor for layer in layers for tensor in state_tensors(config, layer))
 
 
 def bytes_per_token(config: ModelConfig, itemsize: int = 2) -> float:

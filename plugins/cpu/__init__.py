@@ -48,11 +48,6 @@ class Target:
 #: The first whose needs a machine meets is the best for it.
 TARGETS = (
     Target(
-        "avx512_bf16",
-        frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "f16c")),
-        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"),
-    ),
-    Target(
         "avx512",
         frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")),
         ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),

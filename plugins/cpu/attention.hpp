@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "stored.hpp"
+#include "sums.hpp"
 
 // Rows at equal distances.
 struct Span {
@@ -34,7 +35,6 @@ struct Segment {
 
 namespace attention {
 
-constexpr int kTile = 64;     // rows at a time: they stay in a cache between keys and values
 constexpr int64_t kSplit = 256;  // rows worth a task of their own
 
 // Sums of some rows, not yet divided: z[h] of `stride` columns, and each head's greatest score and sum of exponentials.
@@ -45,48 +45,6 @@ struct Partial {
   Partial(int64_t heads, int64_t width)
       : stride((width + kLanes - 1) / kLanes * kLanes), z(heads * stride), greatest(heads, -INFINITY), total(heads) {}
 };
-
-// z[h] += sum over rows of p[h][row] * row, H heads and V vectors of columns at a time
-template <class F, int H, int V>
-void add_values(const uint8_t* const* rows, int64_t count, int64_t column, const float* p, float* z, int64_t stride) {
-  Floats sums[H][V];
-  for (int h = 0; h < H; h++)
-    for (int v = 0; v < V; v++) sums[h][v] = load(z + h * stride + v * kLanes);
-  for (int64_t t = 0; t < count; t++) {
-    Floats row[V];
-    for (int v = 0; v < V; v++) row[v] = F::widen(rows[t] + F::bytes(column + v * kLanes));
-    for (int h = 0; h < H; h++)
-      for (int v = 0; v < V; v++) sums[h][v] += p[h * kTile + t] * row[v];
-  }
-  for (int h = 0; h < H; h++)
-    for (int v = 0; v < V; v++) store(z + h * stride + v * kLanes, sums[h][v]);
-}
-
-template <class F, int V>
-void add_columns(const uint8_t* const* rows, int64_t count, int64_t column, const float* p, float* z, int64_t stride,
-                 int64_t heads) {
-  int64_t h = 0;
-  for (; h + 6 <= heads; h += 6) add_values<F, 6, V>(rows, count, column, p + h * kTile, z + h * stride, stride);
-  for (; h + 2 <= heads; h += 2) add_values<F, 2, V>(rows, count, column, p + h * kTile, z + h * stride, stride);
-  for (; h < heads; h++) add_values<F, 1, V>(rows, count, column, p + h * kTile, z + h * stride, stride);
-}
-
-template <class F>
-void add_all_columns(const uint8_t* const* rows, int64_t count, int64_t width, const float* p, Partial& to, int64_t heads) {
-  int64_t v = 0;
-  for (; v + 4 * kLanes <= width; v += 4 * kLanes)
-    add_columns<F, 4>(rows, count, v, p, to.z.data() + v, to.stride, heads);
-  for (; v + kLanes <= width; v += kLanes) add_columns<F, 1>(rows, count, v, p, to.z.data() + v, to.stride, heads);
-  if (v == width) return;
-  // The last columns, fewer than a vector has lanes, behind which there may be nothing to read.
-  uint8_t last[kTile][kLanes * 4] = {};
-  const uint8_t* padded[kTile];
-  for (int64_t t = 0; t < count; t++) {
-    std::memcpy(last[t], rows[t] + F::bytes(v), F::bytes(width - v));
-    padded[t] = last[t];
-  }
-  add_columns<F, 1>(padded, count, 0, p, to.z.data() + v, to.stride, heads);
-}
 
 // Rows of one format, at most a tile of them, taken up by every head.
 template <class F>
@@ -116,7 +74,7 @@ void add_tile(const uint8_t* const* rows, int64_t count, const float* const* que
     }
     to.total[h] += sum(total);
   }
-  add_all_columns<F>(rows, count, value_width, scores.data(), to, heads);
+  add_columns<F>(rows, count, 0, value_width, scores.data(), to.z.data(), to.stride, heads);
 }
 
 // Rows first <= i < last of all that the spans have.
@@ -279,8 +237,10 @@ struct SparseLatentRows : LatentRows {
       for (int64_t i = 0; i < count; i++) {
         const int64_t n = numbers[i];
         if (n < 0 || (n < before) == pass) continue;
-        if (n < before) held.take(to, b, n, n + 1);
-        else fresh.take(to, b, n - before, n - before + 1);
+        const Segment& segment = n < before ? held : fresh;
+        const int64_t at = n < before ? n : n - before;
+        if (at >= segment.count) throw std::out_of_range("there is no row of a selected number");
+        segment.take(to, b, at, at + 1);
       }
   }
 };

@@ -10,12 +10,8 @@ class MoeExperts {
   static constexpr ort::Type kOutputs[] = {ort::kFloat};
 
   explicit MoeExperts(const ort::Info* info)
-      : experts_(ort::attribute(info, "num_experts")),
-        into_{ort::attribute(info, "inner"), ort::attribute(info, "width"), ort::attribute(info, "rows"),
-              ort::attribute(info, "columns")},
-        back_{into_.width, into_.rows, into_.block_rows, into_.block_columns},
-        limit_(ort::real(info, "limit")),
-        rounding_(rounding_of(ort::text(info, "activations"))) {}
+      : experts_(ort::attribute(info, "num_experts")), into_(info), back_(into_.transposed()),
+        limit_(ort::real(info, "limit")), rounding_(rounding_of(ort::text(info, "activations"))) {}
 
   void compute(ort::Context* context) {
     const ort::Shape chosen(ort::input(context, 2));
@@ -54,7 +50,10 @@ class MoeExperts {
 
     Order(const int64_t* indices, int64_t count, int64_t experts) : slots(count), places(count) {
       std::vector<int64_t> begin(experts + 1);
-      for (int64_t i = 0; i < count; i++) begin[indices[i] + 1]++;
+      for (int64_t i = 0; i < count; i++) {
+        if (indices[i] < 0 || indices[i] >= experts) throw std::out_of_range("there is no expert of that number");
+        begin[indices[i] + 1]++;
+      }
       for (int64_t e = 0; e < experts; e++) {
         if (begin[e + 1]) visits.push_back({e, begin[e], begin[e] + begin[e + 1]});
         begin[e + 1] += begin[e];

@@ -51,8 +51,8 @@ class Scores {
         const int64_t from = is_held ? task.first : std::max(task.first, before);
         const int64_t to = is_held ? std::min({task.last, before, held.count}) : task.last;
         const Segment& segment = is_held ? held : fresh;
-        const uint8_t* rows[attention::kTile];
-        int64_t numbers[attention::kTile], count = 0;
+        const uint8_t* rows[kTile];
+        int64_t numbers[kTile], count = 0;
         auto flush = [&] {
           if (count) score(segment.format, rows, numbers, count, q_rows, width, weights + task.token * heads, scale, task.token);
           count = 0;
@@ -61,7 +61,7 @@ class Scores {
           if (!wanted[n - task.first]) continue;
           numbers[count] = n;
           rows[count++] = segment.data + (b * segment.count + n - (is_held ? 0 : before)) * segment.stride;
-          if (count == attention::kTile) flush();
+          if (count == kTile) flush();
         }
         flush();
       }
@@ -76,16 +76,16 @@ class Scores {
              const std::vector<const float*>& queries, int64_t width, const float* weights, float scale, int64_t token) {
     thread_local std::vector<float> dots;
     const int64_t heads = static_cast<int64_t>(queries.size());
-    dots.resize(heads * attention::kTile);
+    dots.resize(heads * kTile);
     Matrix keys;
     keys.rows = rows;
     keys.width = width;
     with_plain(format, [&](auto f) {
-      products<decltype(f)>(keys, 0, count, queries.data(), heads, dots.data(), attention::kTile);
+      products<decltype(f)>(keys, 0, count, queries.data(), heads, dots.data(), kTile);
     });
     for (int64_t t = 0; t < count; t++) {
       float total = 0;
-      for (int64_t h = 0; h < heads; h++) total += weights[h] * std::max(dots[h * attention::kTile + t], 0.0f);
+      for (int64_t h = 0; h < heads; h++) total += weights[h] * std::max(dots[h * kTile + t], 0.0f);
       scores[token][numbers[t]] = total * scale;
     }
   }

@@ -14,7 +14,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
       ort::Domain* made = nullptr;
       ort::check(ort::call<ort::Status*>(26, "v4", &made));
       for (const ort::CustomOp* op :
-           {ort::op<Linear>(), ort::op<MoeExperts>(), ort::op<IndexSelect>(), ort::op<CandidateSelect>(), ort::op<IndexReselect>(), ort::op<Attention<LatentRows>>(),
+           {ort::op<Linear>(), ort::op<HeadLinear>(), ort::op<MoeExperts>(), ort::op<IndexSelect>(), ort::op<CandidateSelect>(), ort::op<IndexReselect>(), ort::op<Attention<LatentRows>>(),
             ort::op<Attention<SparseLatentRows>>(), ort::op<Attention<WindowRows>>(), ort::op<Attention<CompressedRows>>(),
             ort::op<Attention<SparseRows>>()})
         ort::check(ort::add(made, op));

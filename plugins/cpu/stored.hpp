@@ -44,6 +44,16 @@ auto with_format(Format format, const Action& action) {
 struct Form {
   int64_t rows, width;                // N, K
   int64_t block_rows, block_columns;  // that share a multiplier; of all columns, where 0
+
+  explicit Form(const ort::Info* info)
+      : rows(ort::attribute(info, "out")), width(ort::attribute(info, "width")), block_rows(ort::attribute(info, "rows")),
+        block_columns(ort::attribute(info, "columns")) {}
+
+  Form transposed() const {
+    Form other = *this;
+    std::swap(other.rows, other.width);
+    return other;
+  }
 };
 
 // A matrix [N, K].

@@ -12,6 +12,7 @@ from v4export import api
 from v4export.engine.backend import cuda_devices
 from v4export.engine.options import EngineOptions
 from v4export.package.bundle import Bundle
+from v4export.runtime.drafting import Drafting
 from v4export.runtime.executors import Choice
 from v4export.runtime.generate import generate
 from v4export.runtime.sampling import Sampler, Sampling
@@ -21,14 +22,23 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda_devices(), reason="no
 PROMPTS = [np.random.default_rng(length).integers(3, 256, length).tolist() for length in (5, 245, 290)]
 
 
-def built(model: Path, out: Path, precision: str) -> Bundle:
+def built(model: Path, out: Path, precision: str, **chosen: Any) -> Bundle:
     options = EngineOptions(max_batch=4, max_chunk=48)
-    return api.build(model, out, precision=precision, max_seq_len=512, engine=options, verify=False).bundle
+    return api.build(model, out, precision=precision, max_seq_len=512, engine=options, verify=False, **chosen).bundle
 
 
-def tokens_of(executor: Any, prompts: list[list[int]]) -> list[Any]:
-    how = {"max_new_tokens": 24, "sampler": Sampler(Sampling()), "chunk": 64}
+def tokens_of(executor: Any, prompts: list[list[int]], drafting: Drafting | None = None) -> list[Any]:
+    how = {"max_new_tokens": 24, "sampler": Sampler(Sampling()), "chunk": 64, "drafting": drafting}
     return [event.tokens_B for event in generate(executor, prompts, **how)]
+
+
+@pytest.mark.parametrize("preset", ["tiny-v3", "tiny-v4"])
+def test_drafts_change_no_token(preset: str, tmp_path: Path) -> None:
+    bundle = built(api.synth(preset, tmp_path / "hub", draft=True), tmp_path / "out", "fp32", draft=True)
+    engine = Choice("tensorrt").open(bundle)
+    for prompt in PROMPTS:
+        plain, drafted = (tokens_of(engine, [prompt], drafting) for drafting in (None, Drafting(3)))
+        assert plain == drafted
 
 
 def test_tokens_are_those_of_a_cpu(model: Path, tmp_path: Path) -> None:

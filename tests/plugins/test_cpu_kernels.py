@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
@@ -19,6 +20,7 @@ from v4export.plugins import cpu
 from v4export.plugins.index_select.op import index_select
 from v4export.plugins.latent_attention.op import latent_attention
 from v4export.plugins.moe_experts.op import moe_experts
+from v4export.plugins.sparse_latent_attention.op import sparse_latent_attention
 
 pytestmark = [needs_compiler, pytest.mark.slow]
 HERE = [target for target in cpu.TARGETS if target.needs <= cpu.features()]
@@ -86,6 +88,21 @@ def test_a_node_without_an_attribute_is_an_error() -> None:
     assert run(index_select, args)[0].shape == (1, 2)
     with pytest.raises(Exception, match="top_k"):
         run(index_select, args, without="top_k")
+
+
+def test_numbers_that_nothing_has_are_an_error() -> None:
+    past = Past.of([5], 1)
+    rows = past.rows(8)
+    for number in (3, 9):  # of a row that is not held, and of one behind the new one
+        selected = np.array([[number]])
+        arrays = [past.queries(2, 8), past.new(rows), past.held(rows, 5)[:, :3], selected, past.position]
+        with pytest.raises(Exception, match="no row of a selected number"):
+            run(sparse_latent_attention, [*map(torch.from_numpy, arrays), 4, 0.5])
+    args = arguments("plain", (2, 3, 1, 8, 8), torch.float32)
+    for expert in (3, -1):
+        args[2] = torch.full((2, 1), expert)
+        with pytest.raises(Exception, match="no expert of that number"):
+            run(moe_experts, args)
 
 
 def test_two_sessions_share_the_library() -> None:

@@ -253,8 +253,8 @@ def test_run_text_as_json() -> None:
     result, _ = told("abc")
     value = result.as_json()
     assert json.loads(json.dumps(value)) == value
-    names = ("text", "tokens", "prompt_tokens", "finish_reason", "timings", "pauses", "answer", "cached_tokens")
-    assert tuple(value) == names
+    names = ("text", "tokens", "prompt_tokens", "finish_reason", "timings", "pauses", "drafted", "accepted")
+    assert tuple(value) == (*names, "answer", "cached_tokens")
     assert set(value["timings"]) == {
         *("prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s", "first_token_s")
     }

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from command_line import call
+from hashed_model import VOCAB
+from test_drafting import Pretender
 
-from v4export import api
+from v4export import api, show_scale
 from v4export.errors import BadInput
 from v4export.runtime import bandwidth
-from v4export.runtime.speed import CHUNK, Floor, Speed, measure
+from v4export.runtime.drafting import Drafting
+from v4export.runtime.speed import CHUNK, Drafted, Floor, Speed, measure
 
 
 class Steps:
@@ -74,6 +77,22 @@ def test_prompts_are_fed_in_chunks_and_all_that_counts_is_told():
 def test_what_cannot_be_measured_is_refused(prompt, new):
     with pytest.raises(BadInput):
         measure(Steps(), 7, prompt_tokens=prompt, new_tokens=new, repetitions=1)
+
+
+def test_drafts_by_hand():
+    speed = Speed(5, 3, (1.0,), (0.5, 0.5), Drafted(2, 10, 4, (0.5,), (1.0,), True))
+    assert speed.rates["tg3+2"] == (4.0, 0.0) and (speed.drafts.acceptance, speed.drafts.speed_up) == (0.4, 2.0)
+    assert "2 drafted ahead: 4 of 10 accepted (40%), 2.00x as fast, the same tokens" in show_scale.speed(speed)
+    assert json.loads(json.dumps(show_scale.speed_json(speed)))["drafts"]["speed_up"] == 2.0
+
+
+def test_drafts_are_run_beside_what_comes_without():
+    executor, told = Pretender(100), []
+    how = {"prompt_tokens": 6, "new_tokens": 9, "repetitions": 2, "advance": told.append}
+    speed = measure(executor, VOCAB, drafting=Drafting(3), **how)
+    assert speed.drafts.same and len(speed.drafts.decode_s) == len(speed.drafts.plain_s) == 2
+    assert speed.drafts.drafted and sum(told) == 2 * 2 * (6 + 9)
+    assert measure(executor, VOCAB, **how).drafts is None
 
 
 def test_command(capfd, tiny_bundle):

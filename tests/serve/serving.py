@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class Rows:
     def put(self, b: int, other: Rows) -> None:
         self.rows[b] = list(other.rows[0])
 
-    def first(self, count: int) -> Rows:
+    def first(self, count: int, room: int = 1) -> Rows:
         return Rows([list(row) for row in self.rows[:count]], self.of)
 
     def adopt(self, first: Rows) -> None:
@@ -111,3 +112,61 @@ class Listener:
     def wait(self) -> Listener:
         assert self._ended.wait(WAIT_S), "it never ended"
         return self
+
+
+class _Answer:
+    """A response sender."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.text, self._ended = "", threading.Event()
+
+    def send(self, response, flags=0):
+        if response.error:
+            self.text = str(response.error)
+        for one in response.outputs:
+            values = one.as_numpy().tolist()
+            self.tokens += values if one.name == "token_ids" else []
+            self.text += values[0].decode() if one.name == "text_output" else ""
+        if flags:
+            self._ended.set()
+
+    def is_cancelled(self):
+        return False
+
+    def wait(self) -> bool:
+        return self._ended.wait(30)
+
+
+def _tensor(name, array):
+    return SimpleNamespace(name=name, as_numpy=lambda: np.asarray(array))
+
+
+def triton_utilities():
+    """The module that only a server has, and answers by their prompts, which are none yet."""
+
+    def response(outputs=(), error=None):
+        return SimpleNamespace(outputs=outputs, error=error)
+
+    tensor = _tensor
+    tensor.from_dlpack = _tensor
+    error = SimpleNamespace(INVALID_ARG=0, UNSUPPORTED=1, UNAVAILABLE=2, CANCELLED=3, INTERNAL=4)
+    return SimpleNamespace(
+        Tensor=tensor,
+        TritonError=error,
+        InferenceResponse=response,
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
+        get_input_tensor_by_name=lambda request, name: request.given.get(name),
+    ), {}
+
+
+def triton_request(prompt, new, answers, **more):
+    """A request for so many tokens after a prompt, whose answer is gathered."""
+    answers[prompt] = _Answer()
+    given = {"text_input": [prompt.encode()], "max_tokens": [new], "ignore_eos": [True]}
+    given |= {name: [value] for name, value in more.items()}
+    tensors = {
+        name: _tensor(name, np.array(value, np.object_ if name == "text_input" else None))
+        for name, value in given.items()
+    }
+    return SimpleNamespace(given=tensors, get_response_sender=lambda: answers[prompt])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from command_line import call
 from played_tensorrt import TensorRT, played_cuda_graphs, with_engines
+from serving import triton_request, triton_utilities
 
 from v4export import api
 from v4export.engine.backend import cuda_devices
@@ -75,76 +73,22 @@ def test_triton(folder, played, tmp_path):
     _, indices = played
     made = api.package(folder, tmp_path / "models", executor="tensorrt", slots=3, chunk=16)
     text = (made.folder / "tiny" / "config.pbtxt").read_text()
-    parameters = dict(slots="3", queue="128", chunk="16", max_tokens="256", threads="0")
-    parameters |= dict(executor="tensorrt", device="cuda", cuda_graphs="1")
+    parameters = dict(slots="3", queue="128", chunk="16", draft_max="0", max_tokens="256", threads="0")
+    parameters |= dict(executor="tensorrt", device="cuda", cuda_graphs="1", check_files="1")
     for name, value in parameters.items():
         assert f'parameters {{ key: "{name}" value {{ string_value: "{value}" }} }}' in text
     assert "kind: KIND_GPU" in text and made.models == ("tiny", "tiny-engine")
     config = {"parameters": {name: {"string_value": value} for name, value in parameters.items()}}
     place = {"model_repository": str(made.folder / "tiny"), "model_version": "1", "model_name": "tiny"}
-    utilities, answers = _utilities()
+    utilities, answers = triton_utilities()
     model = Model(utilities, {"model_config": json.dumps(config), **place, "model_instance_device_id": "2"})
     prompts = [PROMPT, "class Reader:", "import os", PROMPT[:9]]
-    model.execute([_request(prompt, answers) for prompt in prompts])
+    model.execute([triton_request(prompt, NEW, answers) for prompt in prompts])
     assert all(one.wait() for one in answers.values()) and indices == [2]
     model.finalize()
     for prompt in prompts:
         wanted = api.run(folder, prompt=prompt, max_new_tokens=NEW, ignore_eos=True)
         assert (answers[prompt].tokens, answers[prompt].text) == ([*wanted.tokens], wanted.text)
-
-
-class _Answer:
-    """A response sender."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.text, self._ended = "", threading.Event()
-
-    def send(self, response, flags=0):
-        if response.error:
-            self.text = str(response.error)
-        for one in response.outputs:
-            values = one.as_numpy().tolist()
-            self.tokens += values if one.name == "token_ids" else []
-            self.text += values[0].decode() if one.name == "text_output" else ""
-        if flags:
-            self._ended.set()
-
-    def is_cancelled(self):
-        return False
-
-    def wait(self) -> bool:
-        return self._ended.wait(30)
-
-
-def _tensor(name, array):
-    return SimpleNamespace(name=name, as_numpy=lambda: np.asarray(array))
-
-
-def _utilities():
-    def response(outputs=(), error=None):
-        return SimpleNamespace(outputs=outputs, error=error)
-
-    tensor = _tensor
-    tensor.from_dlpack = _tensor
-    error = SimpleNamespace(INVALID_ARG=0, UNSUPPORTED=1, UNAVAILABLE=2, CANCELLED=3, INTERNAL=4)
-    return SimpleNamespace(
-        Tensor=tensor,
-        TritonError=error,
-        InferenceResponse=response,
-        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
-        get_input_tensor_by_name=lambda request, name: request.given.get(name),
-    ), {}
-
-
-def _request(prompt, answers):
-    answers[prompt] = _Answer()
-    given = {"text_input": [prompt.encode()], "max_tokens": [NEW], "ignore_eos": [True]}
-    tensors = {
-        name: _tensor(name, np.array(value, np.object_ if name == "text_input" else None))
-        for name, value in given.items()
-    }
-    return SimpleNamespace(given=tensors, get_response_sender=lambda: answers[prompt])
 
 
 def test_what_cannot_be_packaged(folder, tmp_path):

@@ -139,13 +139,17 @@ def _in_graphs(
     return Bisection(compared, passed=tuple(passed), unmatched=tuple(unmatched), notes=notes)
 
 
+#: How the names of graphs begin that a boundary is of, by its first word; of others it is the model's own.
+_ABOUT = {"thought": "think", "reasoning": "think", "draft": "draft"}
+
+
 def _pairs(
     reference: Bundle, bundle: Bundle, feeds: dict[str, list[Arrays]], boundary: str, copies: bool
 ) -> Iterator[tuple[Bisected, bool, list[Arrays]]]:
-    """Graphs that both bundles have, portable ones first; those of thoughts ahead where thoughts differ."""
+    """Graphs that both bundles have, portable ones first; those of thoughts or drafts ahead where these differ."""
     theirs = set(graphs_in(reference.folder))
     names = [name for name in graphs_in(bundle.folder) if name in theirs]
-    about = "think" if boundary.startswith(("thought", "reasoning")) else PORTABLE
+    about = _ABOUT.get(boundary.partition(" ")[0], PORTABLE)
     names.sort(key=lambda name: not name.startswith(about))
     for portable in (True, False)[: 1 + copies]:
         for name in names:

@@ -50,6 +50,7 @@ def _run(executor: OnnxExecutor, batch: Sequence[Sequence[int]], remembered: int
     if not batch:
         return
     state = executor.new_state(len(batch))
+    drafts = executor.new_draft_state(len(batch)) if executor.config.drafts else None
     for start in range(0, remembered, CHUNK):
         executor.remember(np.array([p[start : min(start + CHUNK, remembered)] for p in batch], np.int64), state)
     longest = max(map(len, batch))
@@ -58,12 +59,12 @@ def _run(executor: OnnxExecutor, batch: Sequence[Sequence[int]], remembered: int
     start = remembered
     for end in ends:
         if start < end <= longest:
-            _step(executor, [prompt[start:end] for prompt in batch], state)
+            _step(executor, [prompt[start:end] for prompt in batch], state, drafts)
             start = end
 
 
-def _step(executor: OnnxExecutor, pieces: Sequence[Sequence[int]], state: State) -> None:
-    """One step, and a thought about its tokens if they are few."""
+def _step(executor: OnnxExecutor, pieces: Sequence[Sequence[int]], state: State, drafts: State | None) -> None:
+    """One step; the layer that drafts, of these tokens as of any; and a thought about them if they are few."""
     lengths, S = np.array([len(piece) for piece in pieces]), max(map(len, pieces))
     ids = np.zeros((len(pieces), S), np.int64)
     for row, piece in zip(ids, pieces, strict=True):
@@ -71,6 +72,8 @@ def _step(executor: OnnxExecutor, pieces: Sequence[Sequence[int]], state: State)
     every = np.broadcast_to(np.arange(S), ids.shape)
     before = state.lengths_B.copy()
     executor.step(ids, state, logits_at_BQ=every, lengths_B=lengths)
+    if drafts and executor.features is not None:
+        executor.draft(ids, executor.features, drafts, logits_at_BQ=every, lengths_B=lengths)
     if executor.trunk is not None and S <= BODIES_CHUNK and lengths.min() == S:
         for looped in (False, True):
             executor.think(executor.trunk, state, at_BQ=before[:, None] + every, looped=looped)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 
 from v4export.checkpoint.names import SCALE
+from v4export.checkpoint.names_draft import STORED
 from v4export.checkpoint.tensor import StoredTensor
 from v4export.config import ModelConfig
 from v4export.errors import BadInput
@@ -76,9 +77,23 @@ _LAYER_V41 = {
 # transformers' conversion back to DeepSeek's names shortens every kv_norm.
 _ALSO = {"attn.norm.weight": "self_attn.kv_norm.weight"}
 
+# Of DeepSeek-V4's first prediction layer, below mtp.0., besides those of any layer.
+_DRAFTER = {
+    "enorm.weight": "enorm.weight",
+    "hnorm.weight": "hnorm.weight",
+    "e_proj.weight": "e_proj.weight",
+    "h_proj.weight": "h_proj.weight",
+    "hc_head_fn": "hc_head.hc_fn",
+    "hc_head_base": "hc_head.hc_base",
+    "hc_head_scale": "hc_head.hc_scale",
+    "norm.weight": "shared_head.norm.weight",
+}
+
 _READ = _LAYER | _ALSO
+_READ_DRAFTER = _READ | _DRAFTER
 _READ_V41 = _LAYER | _LAYER_V41
 _WRITTEN = {canonical: stored for stored, canonical in [*(_TOP | _LAYER).items(), *_LAYER_V41.items()]}
+_WRITTEN_DRAFTER = _WRITTEN | {canonical: stored for stored, canonical in _DRAFTER.items()}
 _STORED_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
 _CANONICAL_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -106,7 +121,10 @@ def canonical(name: str, shared_entries: bool = False) -> str:
         name: stored.
         shared_entries: whether layers share entries, as in DeepSeek-V4.1, where some names mean other tensors.
     """
-    table = _READ_V41 if shared_entries else _READ
+    return _canonical_or_same(name, _READ_V41 if shared_entries else _READ)
+
+
+def _canonical_or_same(name: str, table: Mapping[str, str]) -> str:
     for ending, weight in ((".scale", ".weight"), (SCALE, "")):
         if name.endswith(ending):
             found = _canonical(name.removesuffix(ending) + weight, table)
@@ -115,14 +133,20 @@ def canonical(name: str, shared_entries: bool = False) -> str:
     return _canonical(name, table) or name
 
 
-def native(name: str) -> str:
-    """DeepSeek's name for one of the vocabulary; a name that is not in the table stays as it is."""
+def native(name: str, drafter: int | None = None) -> str:
+    """DeepSeek's name for one of the vocabulary; a name that is not in the table stays as it is.
+
+    Args:
+        name: canonical.
+        drafter: number of the layer that drafts, if there is one.
+    """
     weight = name.removesuffix(SCALE)
     layer = _CANONICAL_LAYER.fullmatch(weight)
-    leaf = _renamed(layer[2] if layer else weight, _WRITTEN)
+    drafts = layer is not None and int(layer[1]) == drafter
+    leaf = _renamed(layer[2] if layer else weight, _WRITTEN_DRAFTER if drafts else _WRITTEN)
     if leaf is None:
         return name
-    stored = f"layers.{layer[1]}.{leaf}" if layer else leaf
+    stored = f"{STORED}{leaf}" if drafts else f"layers.{layer[1]}.{leaf}" if layer else leaf
     return stored if weight == name else stored.removesuffix(".weight") + ".scale"
 
 
@@ -140,4 +164,16 @@ def by_canonical_name(config: ModelConfig, tensors: Mapping[str, StoredTensor]) 
         if name in found:
             raise BadInput("a tensor is stored under two names", f"{name} is {found[name].name} and {stored}")
         found[name] = tensor
+    return found
+
+
+def with_drafter(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Stored tensors, those of DeepSeek-V4's first prediction layer by the vocabulary's names if it is to draft."""
+    if config.compressed is None or not config.drafts:
+        return dict(tensors)
+    layer = f"layers.{config.num_layers}."
+    found = {}
+    for name, tensor in tensors.items():
+        of_layer = name.startswith(STORED)
+        found[_canonical_or_same(layer + name.removeprefix(STORED), _READ_DRAFTER) if of_layer else name] = tensor
     return found

@@ -5,19 +5,21 @@ Anything left over, missing, of a wrong shape or dtype, or not finite is an erro
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from v4export.checkpoint import names
+from v4export.checkpoint import names, names_draft
 from v4export.checkpoint.formats import FP4_BLOCK, FP8_ROW, decode, dequantize_blocks, dequantize_fp4, grid
 from v4export.checkpoint.index import Checkpoint
 from v4export.checkpoint.names import SCALE, Expected
 from v4export.checkpoint.scan import not_finite
 from v4export.checkpoint.tensor import StoredTensor
 from v4export.config import Fp8Blocks, ModelConfig
+from v4export.config.chosen import DSPARK
 from v4export.errors import BadInput, NotSupported
 
 _PLAIN = ("BF16", "F16", "F32")
@@ -263,6 +265,7 @@ def audit(checkpoint: Checkpoint, *, scan_values: bool = True, advance: Callable
     sorting = _Sorting(checkpoint, names.expected(config), formats, said)
     sorting.single()
     sorting.fused()
+    _check_drafter(checkpoint)
     skipped = sorting.rest()
     if sorting.faults:
         raise _error(checkpoint, sorting.faults)
@@ -289,6 +292,22 @@ def in_graph(weights: Mapping[str, Weight], config: ModelConfig) -> dict[str, We
 
 def _both(one: Expected) -> tuple[str, str]:
     return one.name, one.name + SCALE
+
+
+def _check_drafter(checkpoint: Checkpoint) -> None:
+    """Raises where there is nothing to draft with, or what there is is of a kind that is not exported."""
+    if not checkpoint.config.drafts:
+        return
+    found = [t.name for t in checkpoint.tensors.values() if re.fullmatch(names_draft.DSPARK, t.name)]
+    if found:
+        raise NotSupported(DSPARK, f"{found[0]} and {len(found) - 1} more are its own", "leave --draft out")
+    prefix = names.drafter_prefix(checkpoint.config)
+    if not any(name.startswith(prefix) for name in checkpoint.tensors):
+        raise BadInput(
+            "this checkpoint has no multi-token prediction layer, though config.json speaks of one",
+            f"nothing is stored below {prefix} in {checkpoint.directory}",
+            "leave --draft out",
+        )
 
 
 def _check_tables(weights: dict[str, Weight], experts: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from v4export.checkpoint.names import Expected, expected
 from v4export.config import ModelConfig
@@ -57,7 +57,8 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     not routed to. Thoughts are counted by themselves: each step of one works on ``reasoning_layers`` besides, and its
     end on ``reasoning_head``.
     """
-    parameters = [one for one in expected(config).values() if one.role not in _BUFFERS]
+    own = expected(replace(config, drafts=False)).values()
+    parameters = [one for one in own if one.role not in _BUFFERS]
     by_part = _by_part(parameters)
     remembering = None
     if may_skip_decoder(config):

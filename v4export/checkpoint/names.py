@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from v4export.checkpoint import names_engram, names_reasoning, names_v4
+from v4export.checkpoint import names_draft, names_engram, names_reasoning, names_v4
 from v4export.checkpoint.table import Table
 from v4export.config import Indexer, ModelConfig
 from v4export.config.hashes import layouts
@@ -105,9 +105,11 @@ IMAGE_SKIPS: dict[str, str] = {
 }
 TIED = "tied to the embedding"
 LEFT_OUT = "in a layer left out with --layers"
-MTP = "multi-token prediction layer, used for drafting only"
+MTP = "multi-token prediction layer, used for drafting only; --draft exports the first"
+MTP_COPY = "a prediction layer's copy of the model's own"
 UNTHOUGHT = "reasoning layers, left out with --think-steps 0"
 V4_STAGE = "prediction stage (MTP or DSpark), used for drafting only"
+V4_MTP = f"{V4_STAGE}; --draft exports the first of MTP"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -166,6 +168,8 @@ def expected(config: ModelConfig) -> dict[str, Expected]:
         found += _fill(config, names_v4.HEAD_STREAMS)
     if config.thinks:
         found += _reasoning(config)
+    if config.drafts:
+        found += _drafter(config)
     found += _fill(config, FINAL_NORM)
     if not config.tie_word_embeddings:
         found += _fill(config, HEAD)
@@ -182,6 +186,21 @@ def _reasoning(config: ModelConfig) -> list[Expected]:
     return found + _fill(config, names_reasoning.TALK_HEAD, prefix)
 
 
+def _drafter(config: ModelConfig) -> list[Expected]:
+    """What the layer needs that drafts."""
+    own, streams = config.drafter, {}
+    if config.hyper:
+        streams = {name.removeprefix("model."): one for name, one in names_v4.HEAD_STREAMS.items()}
+    joins = names_draft.APART if config.hyper else names_draft.JOINED
+    tables = [names_draft.NORMS, joins, *layer_tables(own, 0), streams, names_draft.FINAL_NORM]
+    return [one for table in tables for one in _fill(own, table, drafter_prefix(config))]
+
+
+def drafter_prefix(config: ModelConfig) -> str:
+    """How the names begin of what the layer has that drafts."""
+    return f"model.layers.{config.num_layers}."
+
+
 def fused(config: ModelConfig) -> dict[str, list[list[Expected]]]:
     """Fused tensors that may stand in for experts: name -> per expert, the canonical pieces in stored order."""
     shapes = {name.split(".")[3]: shape(config) for name, (shape, _) in EXPERT.items()}
@@ -193,7 +212,7 @@ def fused(config: ModelConfig) -> dict[str, list[list[Expected]]]:
             ]
             for e in range(config.num_experts)
         ]
-        for layer in config.moe_layers
+        for layer in (*config.moe_layers, *([config.num_layers] if config.drafts else []))
         for name, projections in FUSED.items()
     }
 
@@ -205,11 +224,15 @@ def skip_reason(name: str, config: ModelConfig) -> str | None:
     if config.reasoning and not config.thinks and name.startswith("model.reasoning."):
         return UNTHOUGHT
     if config.compressed and name.startswith("mtp."):
-        return V4_STAGE
+        may_draft = config.num_mtp_layers and not (config.compressed.shared or re.fullmatch(names_draft.DSPARK, name))
+        return V4_MTP if may_draft else V4_STAGE
+    if config.drafts and name.removeprefix(drafter_prefix(config)).removesuffix(SCALE) in names_draft.COPIES:
+        return MTP_COPY
     layer = _LAYER.match(name)
     if layer and 0 <= int(layer[1]) - config.num_layers < config.left_out_layers:
         return LEFT_OUT
-    if layer and 0 <= int(layer[1]) - config.num_layers - config.left_out_layers < config.num_mtp_layers:
+    stage = int(layer[1]) - config.num_layers - config.left_out_layers if layer else -1
+    if config.drafts <= stage < config.num_mtp_layers:
         return MTP
     skips = SKIPS | (IMAGE_SKIPS if config.image_token_id is not None else {})
     return next((reason for pattern, reason in skips.items() if re.fullmatch(pattern, name)), None)

@@ -60,8 +60,8 @@ def layers_with(name: str, config: ModelConfig, sharding: Sharding) -> list[int]
     An embedding that is the head as well lies beside both, once where these are of one stage.
     """
     layer, last = _LAYER.match(name), config.num_layers - 1
-    if layer:
-        return [int(layer[1])]
+    if layer:  # one that drafts lies beside the last
+        return [min(int(layer[1]), last)]
     if not name.startswith("model.embed_tokens."):
         return [last]
     return [0, last] if config.tie_word_embeddings and sharding.pp > 1 else [0]

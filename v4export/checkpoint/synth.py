@@ -131,7 +131,8 @@ def planned_tensors(config: ModelConfig, fused: bool = False) -> Iterator[Planne
             experts = fusing[name]
             pieces = tuple(piece for expert in experts for piece in expert)
             shape = (len(experts), sum(piece.shape[0] for piece in experts[0]), one.shape[1])
-        stored = native(name) if config.compressed else name
+        drafter = config.num_layers if config.drafts else None
+        stored = native(name, drafter) if config.compressed else name
         quantized = _format(config, one.role)
         if quantized is None:
             yield Planned(stored, _FIXED.get(one.role, _STORED[config.dtype]), shape, pieces)
@@ -144,7 +145,7 @@ def planned_tensors(config: ModelConfig, fused: bool = False) -> Iterator[Planne
                 "Write the experts one by one.",
             )
         items = (*shape[:-1], shape[-1] // quantized.per_item)
-        scale = native(name + SCALE) if config.compressed else name + SCALE
+        scale = native(name + SCALE, drafter) if config.compressed else name + SCALE
         yield Planned(stored, quantized.dtype, items, pieces, quantized)
         yield Planned(scale, quantized.scale_dtype, grid(shape, block), pieces, quantized, is_scale=True)
 

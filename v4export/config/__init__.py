@@ -249,6 +249,7 @@ class ModelConfig:
     swiglu_limit: float | None = None  # gates are cut off above it, and up-projections beyond it on both sides
     image_token_id: int | None = None  # stands for an image, which is not exported
     left_out_layers: int = 0  # layers of the checkpoint after ``num_layers`` that the user does not want
+    drafts: bool = False  # the first multi-token prediction layer is exported, too, to draft tokens with
     state_fp8: bool = False  # cached rows of attention are E4M3 with multipliers (``state_contract``)
     sharding: Sharding | None = None  # sizes are those of one rank of this (``of_a_rank``)
 
@@ -288,6 +289,18 @@ class ModelConfig:
         )
         own = replace(own, indexer=None, compressed=None, hyper=None, engram=None, reasoning=None)
         return replace(own, **self.reasoning.sizes)  # type: ignore[arg-type]
+
+    @property
+    def drafter(self) -> ModelConfig:
+        """The first multi-token prediction layer as a model of its own.
+
+        It is a layer as the last ones are, with routed experts, and beside compressed attention one that sees a window
+        alone. It hands on what it can itself go on from, as the model does.
+        """
+        c = self.compressed and replace(self.compressed, layers=(WINDOW,), ratios=(0,))
+        moe = (0,) if self.moe_layers else ()
+        own = replace(self, num_layers=1, moe_layers=moe, hash_layers=(), compressed=c, num_mtp_layers=0)
+        return replace(own, indexer=None) if c else own
 
     @property
     def state_layers(self) -> int:

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from v4export.config import ModelConfig
-from v4export.errors import BadInput
+from v4export.errors import BadInput, NotSupported
+
+#: What is wrong with drafters of the releases after DeepSeek-V4's first.
+DSPARK = "this model drafts with DSpark, which is not exported"
 
 #: How cached rows are kept: in the activations' type, or those that attention reads as E4M3 with multipliers.
 AUTO, FP8 = "auto", "fp8"
@@ -21,6 +24,7 @@ class Chosen:
         layers: how many first layers to keep.
         engram_inside: make Engram tables part of the graph.
         think_steps: of a thought; 0 leaves reasoning layers out.
+        draft: export the first multi-token prediction layer, too.
         state: ``fp8``, how cached rows are kept; None is the activations' type.
     """
 
@@ -28,6 +32,7 @@ class Chosen:
     engram_inside: bool = False
     think_steps: int | None = None
     state: str | None = None
+    draft: bool = False
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Chosen:
@@ -38,7 +43,8 @@ class Chosen:
         """
         found = cls(**stored)
         counts = (found.layers, found.think_steps)
-        if type(found.engram_inside) is not bool or any(type(n) not in (int, type(None)) for n in counts):
+        flags = (found.engram_inside, found.draft)
+        if any(type(flag) is not bool for flag in flags) or any(type(n) not in (int, type(None)) for n in counts):
             raise TypeError(f"chosen: {stored!r}")
         if found.state not in (None, FP8):
             raise TypeError(f"chosen: {stored!r}")
@@ -70,7 +76,27 @@ class Chosen:
             config = replace(config, reasoning=replace(config.reasoning, steps=self.think_steps))
         if self.state not in (None, FP8):
             raise BadInput("state cannot be kept so", f"{self.state!r}, known: {AUTO}, {FP8}", "choose one of them")
-        return replace(config, state_fp8=True) if self.state else config
+        config = replace(config, state_fp8=True) if self.state else config
+        if self.draft:
+            _check_drafts(config)
+        return replace(config, drafts=self.draft)
+
+
+def _check_drafts(config: ModelConfig) -> None:
+    """Raises where a model has nothing to draft with, or what it has cannot be exported."""
+    if not config.num_mtp_layers:
+        raise BadInput("this model has no multi-token prediction layer", fix="leave --draft out")
+    if config.left_out_layers:
+        why = f"{config.left_out_layers} of the layers before it are left out"
+        raise BadInput("the prediction layer goes on from the last layer", why, "leave --layers or --draft out")
+    if config.compressed and config.compressed.shared:
+        raise NotSupported(DSPARK, "it has several stages, which draft a block at once", "leave --draft out")
+    for what, there, fix in (
+        ("reasoning layers", config.thinks, "leave them out: --think-steps 0"),
+        ("Engram tables", config.engram is not None, "leave --draft out"),
+    ):
+        if there:
+            raise NotSupported(f"a model with {what} is exported without drafts", fix=fix)
 
 
 #: As the checkpoint has it.

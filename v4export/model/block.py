@@ -65,19 +65,31 @@ class Embed(nn.Module):
 
     def forward(self, ids_BS: torch.Tensor, position_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """As ``embed_returns`` says: hidden states [M, D] or [M, X, D]; cos and sin of each rotation; shares."""
-        hidden = nn.functional.embedding(ids_BS.reshape(-1), self.embed_tokens["weight"])
+        hidden = self.embedded(ids_BS)
         if self.config.hyper:
             hidden = hidden.unsqueeze(1).expand(-1, self.config.hyper.streams, -1).contiguous()
-        width = self.config.qk_rope_head_dim
-        turned = [angles(one, width, position_B, ids_BS.shape[1]) for one in rotations(self.config).values()]
         shares = [first_shares(hidden)] if self.config.hyper and self.config.hyper.single_pass else []
-        return hidden, *(part for pair in turned for part in pair), *shares
+        return hidden, *self.turned(ids_BS, position_B), *shares
+
+    def embedded(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, [M, D]."""
+        return nn.functional.embedding(ids_BS.reshape(-1), self.embed_tokens["weight"])
+
+    def turned(self, ids_BS: torch.Tensor, position_B: torch.Tensor) -> list[torch.Tensor]:
+        """cos and sin of each rotation."""
+        width = self.config.qk_rope_head_dim
+        pairs = [angles(one, width, position_B, ids_BS.shape[1]) for one in rotations(self.config).values()]
+        return [part for pair in pairs for part in pair]
 
     def shared(
-        self, ids_BS: torch.Tensor, position_B: torch.Tensor, decoder_start_B: torch.Tensor | None = None
+        self,
+        ids_BS: torch.Tensor,
+        position_B: torch.Tensor,
+        decoder_start_B: torch.Tensor | None = None,
+        **given: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Hidden states, and everything else that blocks read, by name."""
-        hidden, *rest = self(ids_BS, position_B)
+        """Hidden states, and everything else that blocks read, by name; ``given`` is what else a subclass takes."""
+        hidden, *rest = self(ids_BS, position_B, **given)
         shared = dict(zip(embed_returns(self.config)[1:], rest, strict=True))
         start_B = torch.zeros_like(position_B) if decoder_start_B is None else decoder_start_B
         return hidden, shared | {"input_ids": ids_BS, "position": position_B, "decoder_start": start_B}
@@ -125,6 +137,8 @@ def block_returns(config: ModelConfig, layer: int) -> list[str]:
 
 def block_shares(config: ModelConfig, layer: int) -> dict[str, str]:
     """What later layers read of a block: their name for it, and its own among what it returns and its state."""
+    if layer >= config.num_layers:
+        return block_shares(config.drafter, layer - config.num_layers)
     own = [name for name in block_returns(config, layer) if name in ("hidden", "pre", "selected", "candidates")]
     shares = {name: name for name in own}
     if config.compressed and config.compressed.layers[layer] == FULL:
@@ -247,14 +261,21 @@ class Head(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """As ``head_returns`` says, of steps ``logits_at`` (0 .. S-1) of every sequence; ``pre_MX`` where single-pass.
 
-        Logits float32 [B, Q, V]; where thoughts may follow, also the hidden states [B, Q, D] that they start from.
+        Logits float32 [B, Q, V]; where thoughts may follow, also the hidden states [B, Q, D] that they start from;
+        where drafts may, what they go on from, of all tokens of the step, [B, S, D], or the streams [B, S, X, D].
         """
+        drafts_from = [self.features(hidden).unflatten(0, (logits_at_BQ.shape[0], -1))] if self.config.drafts else []
         if pre_MX is not None:
             assert self.config.hyper is not None
             pre_MX = _at(pre_MX, logits_at_BQ, (self.config.hyper.streams,))
         trunk_MD = self.collapsed(_at(hidden, logits_at_BQ, self.hidden_shape), pre_MX)
         logits = self.logits(self.norm(trunk_MD)).unflatten(0, logits_at_BQ.shape)
-        return (logits, trunk_MD.unflatten(0, logits_at_BQ.shape)) if self.config.thinks else (logits,)
+        thinks_from = [trunk_MD.unflatten(0, logits_at_BQ.shape)] if self.config.thinks else []
+        return logits, *thinks_from, *drafts_from
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What a layer that drafts is given of the last hidden states: the streams as they are, or else normed."""
+        return hidden if self.config.hyper else self.norm(hidden)
 
     def collapsed(self, hidden: torch.Tensor, pre_MX: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states without streams, [M, D]."""
@@ -274,7 +295,7 @@ def head_reads(config: ModelConfig) -> list[str]:
 
 def head_returns(config: ModelConfig) -> list[str]:
     """What it returns, in order."""
-    return ["logits", *(["trunk"] if config.thinks else [])]
+    return ["logits", *(["trunk"] if config.thinks else []), *(["features"] if config.drafts else [])]
 
 
 def _at(values: torch.Tensor, logits_at_BQ: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from v4export.config import ModelConfig
-from v4export.model.block import STATE, Block, Embed, Head, block_shares, head_reads
+from v4export.model.block import STATE, Block, Embed, Head, block_shares, head_reads, head_returns
+from v4export.model.draft import Drafter
 from v4export.model.reasoning import ThinkingHead, Thought
 from v4export.state_contract import state_tensors
 
@@ -22,12 +23,14 @@ class Step(NamedTuple):
         rows: per layer, reasoning layers behind the model's own, new rows by name.
         hidden: per layer of the model's own, hidden states.
         trunk: where the model can think, the last hidden states of the wanted positions, [B, Q, D].
+        features: where it can draft, what drafts go on from, of all tokens, [B, S, D] or [B, S, X, D].
     """
 
     logits: torch.Tensor
     rows: list[dict[str, torch.Tensor]]
     hidden: list[torch.Tensor]
     trunk: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
 
 class Transformer(nn.Module):
@@ -39,6 +42,7 @@ class Transformer(nn.Module):
         self.embed = Embed(config, dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype, absorbed) for i in range(config.num_layers))
         self.head = ThinkingHead(config, dtype, absorbed) if config.thinks else Head(config, dtype)
+        self.drafter = Drafter(config, dtype, absorbed) if config.drafts else None
 
     def empty_state(self, batch: int = 1) -> list[dict[str, torch.Tensor]]:
         """A state that holds no token: per layer, tensors [B, rows, width] by name."""
@@ -66,10 +70,10 @@ class Transformer(nn.Module):
         x, shared = self.embed.shared(ids_BS, position_B, decoder_start_B)
         rows, hidden = self._through(range(self.config.num_layers), x, shared, state, engram)
         shared["logits_at"] = logits_at_BQ
-        logits, *trunk = self.head(*(shared[name] for name in head_reads(self.config)))
+        said = self.head(*(shared[name] for name in head_reads(self.config)))
         if isinstance(self.head, ThinkingHead):
             rows += self.head.rows(shared["hidden"], position_B, shared.get("pre"))
-        return Step(logits, rows, hidden, *trunk)
+        return Step(rows=rows, hidden=hidden, **dict(zip(head_returns(self.config), said, strict=True)))
 
     def think(
         self,

@@ -41,7 +41,7 @@ def ranks(config: ModelConfig, each: Mapping[str, int], state: Sequence[int], sh
     Args:
         config: the model.
         each: bytes of every weight, by name.
-        state: bytes of the state of each layer; reasoning layers come last.
+        state: bytes of the state of each layer; reasoning layers, or the one that drafts, come last.
         sharding: how it is shared.
 
     Raises:

@@ -86,7 +86,9 @@ def _verify(work: Work) -> Need:
     numbers = sum(math.prod(w.shape) for w in work.inside.values())
     gflops = 2e-9 * rates.VERIFY_TOKENS * parameter_counts(config).active
     seconds = numbers * rates.VERIFY_NUMBER_S + gflops * rates.VERIFY_GFLOP_S
-    seconds += config.state_layers * rates.VERIFY_LAYER_S + (rates.BODIES_S * stacks / _FLOAT32 if bodies else 0.0)
+    seconds += (config.state_layers + config.drafts) * rates.VERIFY_LAYER_S + (
+        rates.BODIES_S * stacks / _FLOAT32 if bodies else 0.0
+    )
     return Need(host, mapped=work.bytes.total, least=reference, seconds=seconds)
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from v4export.checkpoint.audit import Weight, in_graph
 from v4export.checkpoint.count import remembers
-from v4export.checkpoint.names import expected
+from v4export.checkpoint.names import drafter_prefix, expected
 from v4export.config import ModelConfig
 from v4export.config.sharding import WHOLE, Sharding
 from v4export.engine.options import DEFAULT_ENGINE, EngineOptions
 from v4export.engine.scratch import scratch
-from v4export.graphs.export import PORTABLE, REMEMBERING, THINKING, THINKING_MIX, THINKING_STEP
+from v4export.graphs.export import DRAFTING, PORTABLE, REMEMBERING, THINKING, THINKING_MIX, THINKING_STEP
 from v4export.graphs.variants import kinds
 from v4export.plan.sharding import Rank, ranks
 from v4export.plan.weights import WeightBytes, weight_bytes
@@ -23,7 +23,9 @@ from v4export.state_contract import layer_bytes, may_skip_decoder
 
 _MAX_CHUNK = 512
 _SCRATCH_BYTES = 1 << 30
-_ENDS = ("model.embed_tokens.", "model.norm.", "lm_head.")
+_DRAFTING_PARTS = 3
+_SHARED = ("model.embed_tokens.", "lm_head.")
+_ENDS = (*_SHARED, "model.norm.")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Work:
         """The graphs there will be, and the bytes of the weights of each."""
         each, config = self.bytes.each, self.config
         thought = {n: b for n, b in each.items() if n.startswith("model.reasoning.")}
-        found = {PORTABLE: self.bytes.total - sum(thought.values())}
+        drafter = drafter_prefix(config) if config.drafts else None
+        drafting = sum(b for n, b in each.items() if drafter and n.startswith(drafter))
+        found = {PORTABLE: self.bytes.total - sum(thought.values()) - drafting}
         if may_skip_decoder(config):
             before = {n for n, one in expected(config).items() if remembers(one, config)}
             found[REMEMBERING] = sum(b for n, b in each.items() if n in before)
@@ -87,6 +91,8 @@ class Work:
             mix = sum(b for n, b in thought.items() if ".talk_head." in n)
             step = sum(thought.values()) - mix + ends
             found |= {THINKING: step + mix, THINKING_STEP: step, THINKING_MIX: mix + ends}
+        if drafter:
+            found[DRAFTING] = drafting + sum(b for n, b in each.items() if n.startswith(_SHARED))
         return found
 
     @functools.cached_property
@@ -103,7 +109,8 @@ class Work:
         """Parts that are traced."""
         r = self.config.reasoning
         thoughts = (r.steps + 1) * r.layers + 2 if r and self.config.thinks else 0
-        return 2 + len(kinds(self.config, self.precision)) + may_skip_decoder(self.config) + thoughts
+        own = 2 + len(kinds(self.config, self.precision)) + may_skip_decoder(self.config)
+        return own + thoughts + _DRAFTING_PARTS * self.config.drafts
 
     @property
     def batch(self) -> int:
@@ -118,7 +125,7 @@ class Work:
     @functools.cached_property
     def state(self) -> list[int]:
         """Bytes of the state of each layer, all sequences at their longest."""
-        layers = range(self.config.state_layers)
+        layers = range(self.config.state_layers + self.config.drafts)
         return [self.batch * layer_bytes(self.config, i, self.max_seq_len, self.itemsize) for i in layers]
 
     @functools.cached_property

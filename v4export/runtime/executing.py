@@ -33,6 +33,7 @@ class GraphExecutor:
 
     Attributes:
         trunk: of a model that thinks, what thoughts about the last step's wanted positions start from, [B, Q, D].
+        features: of a model that drafts, what drafts go on from, of all tokens of the last step, [B, S, ..].
         tail: of a model with a decoder, how many of a prompt's last tokens have to pass it; else None.
     """
 
@@ -42,6 +43,7 @@ class GraphExecutor:
         self._lookup = load_feed(folder, self._state_dtype) if config.engram else None
         self._thinker: Thinker | None = None
         self.trunk: np.ndarray | None = None
+        self.features: np.ndarray | None = None
         self._has_decoder = any(map(config.is_decoder, range(config.num_layers)))
         skips = config.compressed and may_skip_decoder(config)
         self.tail = config.compressed.window if config.compressed and skips else None

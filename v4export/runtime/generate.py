@@ -14,6 +14,7 @@ import numpy as np
 
 from v4export.chat.answer import Answer
 from v4export.errors import BadInput, NotSupported
+from v4export.runtime.drafting import Drafter, Drafting, Drafts
 from v4export.runtime.pausing import Pause, Pausing, Thinks, paused
 from v4export.runtime.prompt_cache import PromptCache
 from v4export.runtime.sampling import Sampler, Sampling
@@ -27,7 +28,7 @@ _SHORTEST_S = 1e-9  # the clock's step; keeps a rate finite
 Coming = tuple[np.ndarray, np.ndarray | None]
 
 
-class Executor(Thinks, Protocol):
+class Executor(Thinks, Drafts, Protocol):
     """What runs the graph.
 
     Attributes:
@@ -51,6 +52,7 @@ class Executor(Thinks, Protocol):
         logits_at_BQ: np.ndarray,
         lengths_B: np.ndarray | None = None,
         coming: Coming | None = None,
+        commit: bool = True,
     ) -> np.ndarray:
         """Feeds tokens and advances the state in place.
 
@@ -60,6 +62,7 @@ class Executor(Thinks, Protocol):
             logits_at_BQ: [B, Q] int64, each in [0, S): the new tokens whose logits are wanted. Q may be 0.
             lengths_B: [B] int64, each in [0, S]: by how many tokens each row advances; None advances all by S.
             coming: the next step's tokens, where they are known, so that what they alone decide can be made ready.
+            commit: whether the state advances; if not, ``state.commit`` lets it, by as many tokens as are to be kept.
 
         Returns:
             [B, Q, V] float32 logits; of a position that is padding, anything.
@@ -78,10 +81,10 @@ class Executor(Thinks, Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """One new token for each row that still runs."""
+    """One new token for each row that still runs, or of drafts for each row that has accepted as many."""
 
     step: int  # 0 for the first new token
-    tokens_B: tuple[int | None, ...]  # None for a row that finished at an earlier step
+    tokens_B: tuple[int | None, ...]  # None for a row that has none now: mostly one that finished before
     finished_B: tuple[FinishReason | None, ...]  # stop: the token was a stop id; length: no room; None: it runs
     pauses_B: tuple[Pause | None, ...] = ()  # what was thought ahead of it; None where nothing was
 
@@ -107,6 +110,8 @@ class Generation:
     finish_reason: FinishReason  # stop: a stop id or stop string; length: no room
     timings: Timings
     pauses: tuple[Pause, ...] = ()  # where it thought, and what
+    drafted: int = 0  # tokens that were drafted
+    accepted: int = 0  # of them
     answer: Answer | None = None  # of a conversation: the new text as a message
     cached_tokens: int = 0  # tokens of the prompt whose state was in a file, and that were not computed
 
@@ -128,8 +133,9 @@ def generate(
     chunk: int = 512,
     skip_decoder: bool = False,
     pausing: Pausing | None = None,
+    drafting: Drafting | None = None,
 ) -> Iterator[Event]:
-    """Generates for a batch of prompts of any lengths, one event a step, until every row has finished.
+    """Generates for a batch of prompts of any lengths, one event a token, until every row has finished.
 
     A row finishes at a stop id, after ``max_new_tokens``, or when its state is full: the prompt and all new tokens but
     the last, which is never fed, take room.
@@ -144,6 +150,8 @@ def generate(
         skip_decoder: let all but the last tokens of a prompt pass only the layers before the decoder, which changes the
             result a little.
         pausing: when to think before a token; None is never.
+        drafting: how far ahead to draft, which changes no token of a row but by rounding, and, where several rows are
+            sampled, by which random number a row gets; it is told what came of it. None drafts nothing.
 
     Raises:
         NotSupported: the model has no decoder to skip.
@@ -166,7 +174,7 @@ def generate(
         why = "it has none, or reasoning layers, which need the last hidden states of every token"
         raise NotSupported("this model has no decoder that prompts could skip", why, "leave --skip-decoder out")
     most = [min(max_new_tokens, executor.max_seq_len - len(prompt) + 1) for prompt in prompts]
-    return _loop(executor, prompts, most, sampler, stop_ids, chunk, skip_decoder, pausing)
+    return _loop(executor, prompts, most, sampler, stop_ids, chunk, skip_decoder, pausing, drafting)
 
 
 def _loop(
@@ -178,45 +186,83 @@ def _loop(
     chunk: int,
     skip_decoder: bool,
     pausing: Pausing | None,
+    drafting: Drafting | None,
 ) -> Iterator[Event]:
-    """``generate`` after its checks; ``most`` is how many new tokens each row may get."""
+    """``generate`` after its checks; ``most`` is how many new tokens each row may get.
+
+    A step is fed each row's last token and the drafts after it, and says what comes after each of them.
+    """
     batch = len(prompts)
     state = executor.new_state(batch)
-    logits_BV, trunk_BD = _prefill(executor, state, prompts, chunk, skip_decoder)
+    drafter = Drafter(executor, batch) if drafting else None
+    # A step that checks drafts waits to be committed until it is known how many of its tokens count.
+    checked: dict[str, Any] = {"commit": False} if drafting else {}
+    waits = False
+    logits_BQV, trunk_BD, features = _prefill(executor, state, prompts, chunk, skip_decoder, drafter)
     finished: list[FinishReason | None] = [None] * batch
+    new: list[list[int]] = [[] for _ in prompts]
+    drafts: list[list[int]] = [[] for _ in prompts]
     step = 0
     while True:
-        running_B = np.array([reason is None for reason in finished])
-        logits_BV, pauses_B = paused(executor, state, pausing, logits_BV, trunk_BD, running_B, step)
-        # A finished row's logits are of padding, where a NaN is no error.
-        picked_B = sampler.pick(np.where(running_B[:, None], logits_BV, 0)).tolist()
-        for row in np.flatnonzero(running_B).tolist():
-            if picked_B[row] in stop_ids:
-                finished[row] = "stop"
-            elif step + 1 == most[row]:
-                finished[row] = "length"
-        tokens_B = tuple(token if runs else None for token, runs in zip(picked_B, running_B, strict=True))
-        yield Event(step, tokens_B, tuple(finished), pauses_B)
+        before = [len(tokens) for tokens in new]
+        going_B = np.array([reason is None for reason in finished])
+        for q in range(logits_BQV.shape[1]):
+            logits_BV, pauses_B = paused(executor, state, pausing, logits_BQV[:, q], trunk_BD, going_B, step)
+            # A finished row's logits are of padding, where a NaN is no error.
+            picked_B = sampler.pick(np.where(going_B[:, None], logits_BV, 0)).tolist()
+            tokens_B = tuple(token if goes else None for token, goes in zip(picked_B, going_B, strict=True))
+            for row in np.flatnonzero(going_B).tolist():
+                new[row].append(picked_B[row])
+                if picked_B[row] in stop_ids:
+                    finished[row] = "stop"
+                elif len(new[row]) == most[row]:
+                    finished[row] = "length"
+                accepted = drafts[row][q : q + 1] == [picked_B[row]]
+                going_B[row] = accepted and finished[row] is None
+                if drafting:
+                    drafting.accepted += accepted
+            yield Event(step, tokens_B, tuple(finished), pauses_B)
+            step += 1
+            if not going_B.any():
+                break
         if all(finished):
             return
-        lengths_B = np.array([reason is None for reason in finished], dtype=np.int64)
-        logits_BV = executor.step(
-            np.array(picked_B, dtype=np.int64)[:, None],
+        counts_B = np.array([0 if finished[row] else len(new[row]) - before[row] for row in range(batch)])
+        if drafting and drafter:
+            if waits:
+                state.commit(counts_B)
+            for row, count in enumerate(counts_B.tolist()):
+                drafter.give(row, new[row][len(new[row]) - count :], features[row])
+            room = [0 if done else top - len(own) - 1 for done, top, own in zip(finished, most, new, strict=True)]
+            drafts = drafter.propose([min(drafting.most, one) for one in room])
+            drafting.drafted += sum(map(len, drafts))
+        fed = [[tokens[-1], *ahead] for tokens, ahead in zip(new, drafts, strict=True)]
+        lengths_B = np.array([0 if done else len(own) for done, own in zip(finished, fed, strict=True)])
+        ((tokens_BS, _),) = _chunks(fed, max(map(len, fed)))
+        logits_BQV = executor.step(
+            tokens_BS,
             state,
-            logits_at_BQ=np.zeros((batch, 1), dtype=np.int64),
-            lengths_B=None if lengths_B.all() else lengths_B,
-        )[:, 0]
+            logits_at_BQ=np.broadcast_to(np.arange(tokens_BS.shape[1]), tokens_BS.shape),
+            lengths_B=None if (lengths_B == tokens_BS.shape[1]).all() else lengths_B,
+            **checked,
+        )
         trunk_BD = None if executor.trunk is None else executor.trunk[:, 0]
-        step += 1
+        features, waits = executor.features if drafting else None, drafting is not None
 
 
 def _prefill(
-    executor: Executor, state: Any, prompts: Sequence[Sequence[int]], chunk: int, skip_decoder: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Feeds the prompts in chunks.
+    executor: Executor,
+    state: Any,
+    prompts: Sequence[Sequence[int]],
+    chunk: int,
+    skip_decoder: bool,
+    drafter: Drafter | None,
+) -> tuple[np.ndarray, np.ndarray | None, Any]:
+    """Feeds the prompts in chunks, also to what drafts.
 
     Returns:
-        Logits [B, V] after each prompt's last token, and [B, D], what a thought about it starts from.
+        Logits [B, 1, V] after each prompt's last token, [B, D], what a thought about it starts from, and [B, 1, ..],
+        what drafts go on from.
     """
     longest = max(map(len, prompts))
     cuts = [max(0, len(prompt) - ((skip_decoder and executor.tail) or longest)) for prompt in prompts]
@@ -227,6 +273,7 @@ def _prefill(
     left_B = np.array([len(one) for one in tails])
     last_B: list[Any] = [None] * len(prompts)
     trunk_B: list[Any] = [None] * len(prompts)
+    features_B: list[Any] = [None] * len(prompts)
     for (is_tail, tokens_BS, lengths_B), coming in zip(steps, [*following, None], strict=True):
         if not is_tail:
             executor.remember(tokens_BS, state, lengths_B=lengths_B, coming=coming)
@@ -239,7 +286,13 @@ def _prefill(
         for row in ends.tolist():
             last_B[row] = np.array(logits_BQV[row, 0])  # a copy: the executor may reuse its output buffer
             trunk_B[row] = None if executor.trunk is None else np.array(executor.trunk[row, 0])
-    return np.stack(last_B), None if trunk_B[0] is None else np.stack(trunk_B)
+        if drafter and executor.features is not None:
+            for row, (tail, left, count) in enumerate(zip(tails, left_B.tolist(), new_B.tolist(), strict=True)):
+                end = len(tail) - left
+                drafter.give(row, tail[end - count + 1 : end + 1], executor.features[row])
+                features_B[row] = np.array(executor.features[row, count - 1 : count]) if count else features_B[row]
+            drafter.read()
+    return np.stack(last_B)[:, None], None if trunk_B[0] is None else np.stack(trunk_B), features_B
 
 
 def _chunks(rows: Sequence[Sequence[int]], chunk: int) -> Iterator[Coming]:
@@ -306,6 +359,7 @@ def run_text(
     chunk: int = 512,
     skip_decoder: bool = False,
     pausing: Pausing | None = None,
+    drafting: Drafting | None = None,
     refused_ids: Mapping[int, str] | None = None,
     framed: bool = False,
     prompt_cache: PromptCache | None = None,
@@ -354,6 +408,7 @@ def run_text(
         chunk=chunk,
         skip_decoder=skip_decoder,
         pausing=pausing,
+        drafting=drafting,
     )
     tokens: list[int] = []
     pauses: list[Pause] = []
@@ -389,6 +444,8 @@ def run_text(
             first_token_s=first - start,
         ),
         pauses=tuple(pauses),
+        drafted=drafting.drafted if drafting else 0,
+        accepted=drafting.accepted if drafting else 0,
         cached_tokens=held,
     )
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from v4export.errors import BadInput
-from v4export.runtime.generate import Executor
+from v4export.runtime.drafting import Drafting
+from v4export.runtime.generate import Executor, generate
+from v4export.runtime.sampling import Sampler, Sampling
 
 #: Prompt tokens of a step, as in ``generate``.
 CHUNK = 512
@@ -42,6 +44,36 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Drafted:
+    """The same prompts once more, with drafts.
+
+    Attributes:
+        most: tokens drafted ahead of a step.
+        drafted, accepted: tokens, of all repetitions.
+        decode_s: seconds of each repetition from its first new token to the last.
+        plain_s: the same without drafts.
+        same: whether all tokens were those that come without.
+    """
+
+    most: int
+    drafted: int
+    accepted: int
+    decode_s: tuple[float, ...]
+    plain_s: tuple[float, ...]
+    same: bool
+
+    @property
+    def acceptance(self) -> float:
+        """Which part of the drafts was right."""
+        return self.accepted / max(self.drafted, 1)
+
+    @property
+    def speed_up(self) -> float:
+        """How many times as fast new tokens came as without drafts."""
+        return sum(self.plain_s) / sum(self.decode_s)
+
+
+@dataclass(frozen=True)
 class Speed:
     """What was measured.
 
@@ -49,6 +81,7 @@ class Speed:
         prompt_tokens, new_tokens: of a repetition.
         prefill_s: seconds of each repetition's prompt, to the logits of its first new token.
         steps_s: seconds of each step after that, of all repetitions.
+        drafts: what drafts made of it, where there were any.
         peak_mib: peak memory of the process, mapped pages of weights included; 0 where it was not asked for.
         floor: of a decoded token; None where it is not known.
     """
@@ -57,18 +90,22 @@ class Speed:
     new_tokens: int
     prefill_s: tuple[float, ...]
     steps_s: tuple[float, ...]
+    drafts: Drafted | None = None
     peak_mib: float = 0.0
     floor: Floor | None = None
 
     @property
     def rates(self) -> dict[str, tuple[float, float]]:
         """Tokens a second, mean and standard deviation over repetitions, by llama-bench's names of tests."""
-        steps = self.new_tokens - 1
-        decodes = [sum(self.steps_s[i : i + steps]) for i in range(0, len(self.steps_s), steps)] if steps else []
+        steps, decodes = self.new_tokens - 1, _decodes(self.steps_s, self.new_tokens)
         return {
             f"pp{self.prompt_tokens}": _spread([self.prompt_tokens / s for s in self.prefill_s]),
             **({f"tg{self.new_tokens}": _spread([steps / s for s in decodes])} if decodes else {}),
-        }
+        } | self._drafted_rate()
+
+    def _drafted_rate(self) -> dict[str, tuple[float, float]]:
+        d, steps = self.drafts, self.new_tokens - 1
+        return {f"tg{self.new_tokens}+{d.most}": _spread([steps / s for s in d.decode_s])} if d else {}
 
     @property
     def latencies(self) -> dict[str, dict[str, float]]:
@@ -95,11 +132,13 @@ def measure(
     prompt_tokens: int,
     new_tokens: int,
     repetitions: int,
+    drafting: Drafting | None = None,
     advance: Callable[[float], None] = lambda _: None,
 ) -> Speed:
     """Run random prompts, and the likeliest tokens after them; a short run ahead is not counted.
 
-    ``advance`` is told the tokens that were just run, in all ``repetitions`` times both numbers.
+    With ``drafting``, each is run once more with drafts. ``advance`` is told the tokens that were just run, in all
+    ``repetitions`` times both numbers, and as many again with drafts.
 
     Raises:
         BadInput: the executor holds fewer tokens, or a number is below 1.
@@ -113,19 +152,53 @@ def measure(
             "give smaller -p and -n, or build with a larger --max-seq-len",
         )
     draw = np.random.default_rng(0)
-    _run(executor, draw.integers(0, vocabulary, min(prompt_tokens, _WARM_UP)), min(new_tokens, 2), lambda _: None)
-    prefills, steps = [], []
+    warm = draw.integers(0, vocabulary, min(prompt_tokens, _WARM_UP))
+    _run(executor, warm, min(new_tokens, 2), lambda _: None)
+    if drafting and new_tokens > 1:
+        _drafted(executor, warm, min(new_tokens, 2 + drafting.most), Drafting(drafting.most))
+    prefills: list[float] = []
+    steps: list[float] = []
+    decodes: list[float] = []
+    same = True
     for _ in range(repetitions):
-        first, *rest = _run(executor, draw.integers(0, vocabulary, prompt_tokens), new_tokens, advance)
+        prompt = draw.integers(0, vocabulary, prompt_tokens)
+        (first, *rest), tokens = _run(executor, prompt, new_tokens, advance)
         prefills.append(first)
         steps += rest
-    return Speed(prompt_tokens, new_tokens, tuple(prefills), tuple(steps))
+        if drafting and new_tokens > 1:
+            seconds, drafted = _drafted(executor, prompt, new_tokens, drafting)
+            decodes.append(seconds)
+            same &= drafted == tokens
+            advance(prompt_tokens + new_tokens)
+    drafts = None
+    if drafting and decodes:
+        counts = (drafting.most, drafting.drafted, drafting.accepted)
+        drafts = Drafted(*counts, tuple(decodes), tuple(_decodes(steps, new_tokens)), same)
+    return Speed(prompt_tokens, new_tokens, tuple(prefills), tuple(steps), drafts)
 
 
-def _run(executor: Executor, prompt: np.ndarray, new_tokens: int, advance: Callable[[float], None]) -> list[float]:
-    """Seconds to each new token from the one before it, and to the first from the beginning."""
+def _drafted(executor: Executor, prompt: np.ndarray, new_tokens: int, drafting: Drafting) -> tuple[float, list[int]]:
+    """Seconds from the first new token to the last, and all of them."""
+    how = {"max_new_tokens": new_tokens, "sampler": Sampler(Sampling()), "chunk": CHUNK, "drafting": drafting}
+    tokens, start = [], 0.0
+    for event in generate(executor, [prompt.tolist()], **how):  # type: ignore[arg-type]
+        start = start or time.perf_counter()
+        tokens += [token for token in event.tokens_B if token is not None]
+    return time.perf_counter() - start, tokens
+
+
+def _decodes(steps_s: Sequence[float], new_tokens: int) -> list[float]:
+    """Seconds of all steps of each repetition."""
+    steps = new_tokens - 1
+    return [sum(steps_s[i : i + steps]) for i in range(0, len(steps_s), steps)] if steps else []
+
+
+def _run(
+    executor: Executor, prompt: np.ndarray, new_tokens: int, advance: Callable[[float], None]
+) -> tuple[list[float], list[int]]:
+    """Seconds to each new token from the one before it, and to the first from the beginning; and the tokens."""
     state = executor.new_state(1)
-    seconds, start = [], time.perf_counter()
+    seconds, tokens, start = [], list[int](), time.perf_counter()
     for at in range(0, len(prompt), CHUNK):
         chunk = prompt[None, at : at + CHUNK]
         last = at + CHUNK >= len(prompt)
@@ -134,13 +207,14 @@ def _run(executor: Executor, prompt: np.ndarray, new_tokens: int, advance: Calla
         advance(chunk.shape[1])
     for number in range(new_tokens):
         token = logits[:, -1].argmax(-1)[:, None]
+        tokens.append(int(token[0, 0]))
         now = time.perf_counter()
         seconds.append(now - start)
         start = now
         advance(1)
         if number + 1 < new_tokens:
             logits = executor.step(token, state, logits_at_BQ=np.zeros((1, 1), np.int64))
-    return seconds
+    return seconds, tokens
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:

@@ -231,14 +231,14 @@ class State:
             self.history_BN = self.history_BN.copy()
             self.history_BN[b] = other.history_BN[0]
 
-    def first(self, count: int) -> Self:
-        """A state of the first ``count`` sequences in the same memory, with room for one more token of each.
+    def first(self, count: int, room: int = 1) -> Self:
+        """A state of the first ``count`` sequences in the same memory, with room for so many more tokens of each.
 
         A step of it costs nothing for the others. Until ``adopt`` has taken back how long they are now, it alone is
         valid.
         """
-        longest = int(self.lengths_B[:count].max()) + 1
-        if self._capacity < longest <= self.limit:
+        longest = min(int(self.lengths_B[:count].max()) + room, self.limit)
+        if self._capacity < longest:
             self._grow(max(longest, min(2 * self._capacity, self.limit)))
         layers = [{name: buffer.first(count) for name, buffer in one.items()} for one in self.layers]
         history = None if self.history_BN is None else self.history_BN[:count]

@@ -36,6 +36,7 @@ class Request:
         stop_ids: tokens that end the answer.
         stop_strings: the text ends before the first of them.
         pausing: when to think before a token; None is never.
+        draft_max: the most tokens drafted ahead of a step.
     """
 
     tokens: tuple[int, ...]
@@ -44,6 +45,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     pausing: Pausing | None = None
+    draft_max: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Usage:
     queued_s: float
     first_token_s: float
     decode_s: float
+    drafted: int = 0  # tokens
+    accepted: int = 0  # of them
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Answer:
         self._stops, self._stream = StopStrings(request.stop_strings), tokenizer.stream()
         self._asked_to_stop = self.ended = False
         self.usage: Usage | None = None  # once it is complete
-        self.count = self.thoughts = 0
+        self.count = self.thoughts = self.drafted = self.accepted = 0
         self.submitted = self.taken = self.first = time.monotonic()
 
     def cancel(self) -> None:
@@ -149,4 +153,4 @@ class Answer:
 
     def _usage(self, now: float) -> Usage:
         times = (self.taken - self.submitted, self.first - self.submitted, now - self.first)
-        return Usage(len(self.request.tokens), self.count, self.thoughts, *times)
+        return Usage(len(self.request.tokens), self.count, self.thoughts, *times, self.drafted, self.accepted)

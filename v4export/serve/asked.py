@@ -36,6 +36,7 @@ INPUTS = {
     "seed": Input(INTEGER, "of the sampling"),
     "stop": Input(TEXT, "the text ends before the first of these", several=True),
     "think": Input(TEXT, "`off`, `auto` or a number of steps; of models with reasoning layers"),
+    "draft_max": Input(SMALL, "tokens drafted ahead of a step, at most the server's own number; 0 is none"),
     "ignore_eos": Input(FLAG, "go on past the end-of-text token"),
     "stream": Input(FLAG, "false: one response with all of it"),
 }
@@ -63,13 +64,19 @@ class Reader:
         tokenizer: of it.
         template: of its chats; None where it has none.
         max_tokens: where a client names no number, and as many fit.
+        draft_max: tokens drafted ahead of a step where a client names no number, and the most that one may ask for.
     """
 
     def __init__(
-        self, bundle: Bundle, tokenizer: Tokenizer, template: ChatTemplate | None, max_tokens: int = 256
+        self,
+        bundle: Bundle,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        max_tokens: int = 256,
+        draft_max: int = 0,
     ) -> None:
         self._bundle, self._tokenizer, self._template = bundle, tokenizer, template
-        self._max_tokens = max_tokens
+        self._max_tokens, self._draft_max = max_tokens, draft_max
         self._stop_ids = tokenizer.ends(bundle.config.eos_token_ids)
 
     def read(self, given: Mapping[str, Any]) -> Asked:
@@ -91,8 +98,14 @@ class Reader:
             stop_ids=frozenset() if given.get("ignore_eos") else self._stop_ids,
             stop_strings=tuple(given.get("stop", ())),
             pausing=Pausing.read(given.get("think"), self._bundle.thinking),
+            draft_max=self._ahead(given.get("draft_max", self._draft_max)),
         )
         return Asked(request, given.get("stream", True))
+
+    def _ahead(self, asked: int) -> int:
+        if not 0 <= asked <= self._draft_max:
+            raise BadInput("draft_max is out of range", f"{asked}", f"give 0 to {self._draft_max}, or leave it out")
+        return asked
 
     def _tokens(self, text: str | None, messages: str | None) -> tuple[int, ...]:
         if (text is None) == (messages is None):

@@ -12,6 +12,8 @@ MEASURES = {
     "prompt_tokens": (COUNTER, "Tokens of prompts that were read"),
     "new_tokens": (COUNTER, "Tokens that were generated"),
     "thoughts": (COUNTER, "Thoughts ahead of tokens"),
+    "drafted_tokens": (COUNTER, "Tokens that were drafted"),
+    "accepted_tokens": (COUNTER, "Drafted tokens that the model would have chosen itself"),
     "first_tokens": (COUNTER, "Answers that have begun"),
     "first_token_seconds": (COUNTER, "Time from requests to their first tokens, added up"),
     "token_intervals": (COUNTER, "Tokens of answers that have ended, without the first ones"),

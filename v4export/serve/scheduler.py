@@ -3,20 +3,23 @@
 A new prompt is read in a state of its own, a chunk at a time, and then put into a free row. Between two chunks all rows
 get their next token, so no stream waits for longer than a chunk takes.
 
-Letters: B rows of the batch, V vocabulary, D hidden.
+Of a model that drafts, a step checks the drafts of each row at once, of which each accepts as many as it likes.
+
+Letters: B rows of the batch, S new tokens, Q positions whose logits are wanted, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from v4export.errors import BadInput, V4Error
+from v4export.runtime.drafting import Drafter
 from v4export.runtime.generate import Executor
 from v4export.runtime.pausing import paused
 from v4export.runtime.tokenizer import Tokenizer
@@ -31,6 +34,7 @@ class _Reading:
 
     answer: Answer
     state: Any
+    drafter: Drafter | None
     done: int = 0
 
 
@@ -52,6 +56,7 @@ class Scheduler:
         self._rows: list[Answer | None] = [None] * limits.slots
         self._last_B = np.zeros(limits.slots, np.int64)  # tokens that the rows are fed next
         self._empty, self._state = executor.new_state(1), executor.new_state(limits.slots)
+        self._drafter, self._no_drafts = self._new_drafter(limits.slots), self._new_drafter(1)
         self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._loop, name="v4export scheduler", daemon=True)
         self._thread.start()
@@ -150,7 +155,8 @@ class Scheduler:
             answer.started()
             self.metrics.add("queue_seconds", answer.taken - answer.submitted)
             try:
-                self._reading = _Reading(answer, self._executor.new_state(1))
+                drafter = self._new_drafter(1) if answer.request.draft_max else None
+                self._reading = _Reading(answer, self._executor.new_state(1), drafter)
             except Exception as error:
                 self._fail(answer, error)
 
@@ -166,13 +172,19 @@ class Scheduler:
         try:
             logits = self._executor.step(np.array([tokens], np.int64), reading.state, logits_at_BQ=wanted)
             self.metrics.add("prompt_tokens", len(tokens))
+            if reading.drafter:
+                following = answer.request.tokens[start + 1 : reading.done + 1]
+                reading.drafter.give(0, following, self._features(0))
+                reading.drafter.read()
             if not ends:
                 return
             row = self._rows.index(None)
             self._rows[row], self._reading = answer, None
             self._state.put(row, reading.state)
-            trunk = self._executor.trunk
-            self._pick(logits[:, 0], trunk if trunk is None else trunk[:, 0], reading.state, {0: row})
+            if self._drafter and reading.drafter:
+                self._drafter.put(row, reading.drafter)
+            self._pick(logits, reading.state, {0: row}, [[]], len(tokens) - 1)
+            self._free_ended()
         except Exception as error:  # of this prompt alone, whose state is its own
             self._reading = None
             if answer in self._rows:
@@ -180,45 +192,101 @@ class Scheduler:
             self._fail(answer, error)
 
     def _decode(self) -> None:
-        """One more token for every row that has an answer."""
+        """One more token for every row that has an answer, and one for each of its drafts that is right."""
         rows = [row for row, answer in enumerate(self._rows) if answer]
         if not rows:
             return
         # Rows are given out from the first on, so that a few answers are a small batch.
         count = rows[-1] + 1
-        lengths_B = np.zeros(count, np.int64)
-        lengths_B[rows] = 1
         try:
-            state = self._state.first(count)
-            logits_BV = self._executor.step(
-                self._last_B[:count, None],
+            drafts = self._drafts(count)
+            fed = [[last, *ahead] for last, ahead in zip(self._last_B[:count].tolist(), drafts, strict=True)]
+            width = max(map(len, fed))
+            lengths_B = np.array([len(fed[row]) if self._rows[row] else 0 for row in range(count)])
+            state = self._state.first(count, width)
+            checked: dict[str, Any] = {"commit": False} if width > 1 else {}
+            logits_BQV = self._executor.step(
+                np.array([[*tokens, *[0] * (width - len(tokens))] for tokens in fed], np.int64),
                 state,
-                logits_at_BQ=np.zeros((count, 1), np.int64),
-                lengths_B=None if lengths_B.all() else lengths_B,
-            )[:, 0]
+                logits_at_BQ=np.broadcast_to(np.arange(width), (count, width)),
+                lengths_B=None if (lengths_B == width).all() else lengths_B,
+                **checked,
+            )
+            counts_B = self._pick(logits_BQV, state, {row: row for row in rows}, drafts)
+            if width > 1:
+                state.commit(counts_B)
             self._state.adopt(state)
-            trunk = self._executor.trunk
-            self._pick(logits_BV, trunk if trunk is None else trunk[:, 0], state, {row: row for row in rows})
+            self._free_ended()
         except Exception as error:  # what the rows hold is no longer known
             for row in rows:
                 if answer := self._rows[row]:
                     self._fail(answer, error)
-            self._rows = [None] * self.limits.slots
-            self._state = self._executor.new_state(self.limits.slots)
+            slots = self.limits.slots
+            self._rows = [None] * slots
+            self._state, self._drafter = self._executor.new_state(slots), self._new_drafter(slots)
 
-    def _pick(self, logits_BV: np.ndarray, trunk_BD: np.ndarray | None, state: Any, rows: dict[int, int]) -> None:
-        """The next token of rows of a step, by their rows in the batch, after thinking where that is wanted."""
-        logits_BV = self._thought(logits_BV, trunk_BD, state, rows)
+    def _drafts(self, count: int) -> list[list[int]]:
+        """What is drafted for the first rows."""
+        if self._drafter is None:
+            return [[] for _ in range(count)]
+        answers = self._rows[:count]
+        most = [min(a.request.draft_max, a.request.max_tokens - a.count - 1) if a else 0 for a in answers]
+        drafts = self._drafter.propose(most)
+        for answer, ahead in zip(answers, drafts, strict=True):
+            if answer:
+                answer.drafted += len(ahead)
+        self.metrics.add("drafted_tokens", sum(map(len, drafts)))
+        return drafts
+
+    def _new_drafter(self, batch: int) -> Drafter | None:
+        return Drafter(self._executor, batch) if self.limits.draft_max else None
+
+    def _features(self, at: int) -> np.ndarray:
+        """What drafts of a row go on from, of all tokens of the last step."""
+        assert self._executor.features is not None
+        return self._executor.features[at]
+
+    def _pick(
+        self, logits_BQV: np.ndarray, state: Any, rows: dict[int, int], drafts: Sequence[list[int]], first: int = 0
+    ) -> np.ndarray:
+        """The next tokens of rows of a step, by their rows in the batch, after thinking where that is wanted.
+
+        Logits are of tokens of the step from number ``first`` on. Returns how many each row got, [B].
+        """
+        trunk = self._executor.trunk
+        logits_BV = self._thought(logits_BQV[:, 0], trunk if trunk is None else trunk[:, 0], state, rows)
+        counts_B = np.zeros(len(logits_BQV), np.int64)
         for at, row in rows.items():
-            answer = self._rows[row]
+            answer, tokens = self._rows[row], list[int]()
             assert answer
             try:
-                self._last_B[row] = token = int(answer.sampler.pick(logits_BV[at : at + 1])[0])
-                answer.push(token)
-                self.metrics.token(answer)
+                for token in self._of_row(answer, logits_BV[at], logits_BQV[at, 1:], drafts[at]):
+                    tokens.append(token)
             except Exception as error:  # no number, say, or nobody listens; the other rows have nothing to do with it
                 self._fail(answer, error)
-            if answer.ended:
+            counts_B[at] = len(tokens)
+            if tokens and not answer.ended:
+                self._last_B[row] = tokens[-1]
+                if self._drafter and answer.request.draft_max:
+                    self._drafter.give(row, tokens, self._features(at)[first:])
+        return counts_B
+
+    def _of_row(self, answer: Answer, logits_V: np.ndarray, rest_QV: np.ndarray, drafts: list[int]) -> Iterator[int]:
+        """An answer's new tokens, of which it is told, until one is not as it was drafted."""
+        for q in range(len(drafts) + 1):
+            token = int(answer.sampler.pick((rest_QV[q - 1] if q else logits_V)[None])[0])
+            right = drafts[q : q + 1] == [token]
+            answer.accepted += right
+            self.metrics.add("accepted_tokens", right)
+            answer.push(token)
+            self.metrics.token(answer)
+            yield token
+            if answer.ended or not right:
+                return
+
+    def _free_ended(self) -> None:
+        for row, answer in enumerate(self._rows):
+            if answer and answer.ended:
                 self._free(row)
 
     def _thought(
@@ -240,6 +308,8 @@ class Scheduler:
         """An empty row costs no cached tokens."""
         self._rows[row] = None
         self._state.put(row, self._empty)
+        if self._drafter and self._no_drafts:
+            self._drafter.put(row, self._no_drafts)
 
     def _fail(self, answer: Answer, error: Exception) -> None:
         self.metrics.add("cancelled" if isinstance(error, Cancelled) else "failed", 1)

@@ -51,6 +51,8 @@ def expected_boundaries(config: ModelConfig) -> int:
         + looked_up
         + thought_boundaries(config)
         + sum(1 + len(state_tensors(config, i)) for i in range(config.num_layers))
+        # What is handed over, the layer's entry, what leaves it, its state, and as much as of a model's end.
+        + (config.drafts and 5 + len(state_tensors(config, config.num_layers)))
     )
 
 
@@ -67,10 +69,15 @@ def compare(
 
     Engram needs the tokenizer's map; a recipe that rounds what matrices multiply, the scales that it does so by.
     """
+    made = (weights, config, precision, recordings, token_map, scales)
+    return compared(lambda: Comparison(*made), advance)
+
+
+def compared(make: Callable[[], Comparison], advance: Callable[[Boundary], None]) -> list[Boundary]:
+    """All boundaries of a comparison, of each of which ``advance`` is told."""
     with torch.inference_mode():
-        comparison = _Comparison(weights, config, precision, recordings, token_map, scales or {})
         boundaries = []
-        for boundary in comparison.run():
+        for boundary in make().run():
             advance(boundary)
             boundaries.append(boundary)
         return boundaries
@@ -98,15 +105,17 @@ class _Seen(NamedTuple):
     carried: float
 
 
-class _Comparison:
+class Comparison:
+    """What ``compare`` has, and its references of each layer in turn."""
+
     def __init__(
         self,
         weights: dict[str, Weight],
         config: ModelConfig,
         precision: Precision,
         recordings: Sequence[Recording],
-        token_map: np.ndarray | None,
-        scales: Mapping[str, np.ndarray],
+        token_map: np.ndarray | None = None,
+        scales: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         #: The definition is run without rounding what it keeps, over rows that the graph has rounded.
         self.config, self.kept, self.precision = replace(config, state_fp8=False), config, precision
@@ -114,7 +123,7 @@ class _Comparison:
         self.exact = lambda name: torch.from_numpy(weights[name].decode())
         self.held = lambda name: torch.from_numpy(as_the_graph_holds(weights[name], precision))
         self.engram = None if token_map is None else EngramReference(config, weights, precision, token_map)
-        self.scales = scales
+        self.scales = scales or {}
         self.converted = any(is_converted(w, precision) for w in weights.values())
         #: What blocks read, one for each recording: as the graph has it, and as the free-running reference has it.
         self.shared: list[dict[str, torch.Tensor]] = []
@@ -125,7 +134,7 @@ class _Comparison:
         yield self._embedding()
         for layer in range(self.config.num_layers):
             yield from self._layer(layer)
-        yield self._head()
+        yield from self._head()
         if self.config.thinks:
             heads = self._pair(lambda: ThinkingHead(self.config, absorbed=False))
             given = (self.config, self.precision, self.recordings, heads, self.shared, self.free)
@@ -296,7 +305,7 @@ class _Comparison:
         chosen = np.concatenate([r.experts[layer].ravel() for r in self.recordings])
         return tuple(np.bincount(chosen, minlength=self.config.num_experts).tolist())
 
-    def _head(self) -> Boundary:
+    def _head(self) -> Iterator[Boundary]:
         c = self.config
         head, exact = self._pair(lambda: Head(c))
         path = tolerance.head_path(c)
@@ -308,7 +317,18 @@ class _Comparison:
             found.append(torch.from_numpy(r.logits))
             carried.append(relative(found[-1], exact(*ran)[0][0]))
         limits = [tolerance.CONFIDENCE * path.error(self.precision) * w.norm(dim=-1) for w in wanted]
-        return judge("logits", found, wanted, limits, path.derivation(self.precision)).also(carried=max(carried))
+        yield judge("logits", found, wanted, limits, path.derivation(self.precision)).also(carried=max(carried))
+        if c.drafts:
+            yield self._features(head)
+
+    def _features(self, head: Head) -> Boundary:
+        """What a layer that drafts is handed."""
+        path = tolerance.features_path(self.config)
+        wanted = [head.features(shared["hidden"]) for shared in self.shared]
+        found = [torch.from_numpy(r.features) for r in self.recordings if r.features is not None]
+        error = tolerance.CONFIDENCE * path.error(self.precision)
+        derivation = path.derivation(self.precision) if path.name else "exact: the last layer's streams"
+        return judge("features", found, wanted, [error * w.norm(dim=-1) for w in wanted], derivation)
 
     def _pair(self, make: Callable[[], torch.nn.Module], layer: int | None = None) -> tuple[Any, Any]:
         """The part as the graph holds its weights and rounds its inputs, and as the checkpoint has it."""

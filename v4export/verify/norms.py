@@ -11,6 +11,7 @@ from torch import nn
 
 from v4export.config import ModelConfig
 from v4export.model.block import Block, Head
+from v4export.model.draft import DraftEntry
 from v4export.model.load import hub_name
 from v4export.model.norm import LayerNorm, RMSNorm
 from v4export.model.reasoning import ThinkingHead
@@ -35,6 +36,9 @@ def _epsilons(config: ModelConfig) -> dict[str, float]:
         parts: list[tuple[nn.Module, int | None]] = [(Head(config), None)]
         parts += [(Block(config, layer, experts=1), layer) for layer in range(config.num_layers)]
         parts += [(ThinkingHead(config), None)] if config.thinks else []
+        if config.drafts:
+            own = config.drafter
+            parts += [(one, config.num_layers) for one in (DraftEntry(own), Block(own, 0, experts=1), Head(own))]
     return {
         hub_name(f"{name}.weight", config, layer) or "": module.eps
         for part, layer in parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ class TappedExecutor(Executor, Protocol):
     """An executor that also returns values from inside the graph."""
 
     tapped: dict[str, np.ndarray]
+    draft_tapped: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Recording:
         logits: float32 [n, V].
         trunk: what thoughts start from, float32 [n, D], of a model that thinks.
         thinking: thoughts in both forms, of a model that thinks.
+        features: what drafts go on from, float32 [n, D] or [n, X, D], of a model that drafts.
+        draft: of such a model, the layer that drafts as a model of its own: fed each token but the first, with the
+            features of the one before.
+        given: of such a layer, these features.
     """
 
     tokens: np.ndarray
@@ -84,6 +89,9 @@ class Recording:
     logits: np.ndarray
     trunk: np.ndarray | None = None
     thinking: tuple[Thinking, ...] = ()
+    features: np.ndarray | None = None
+    draft: Recording | None = None
+    given: np.ndarray | None = None
 
 
 def _recorded(config: ModelConfig) -> dict[str, tuple[Callable[[int], str], list[int]]]:
@@ -106,6 +114,18 @@ def tap_names(config: ModelConfig) -> list[str]:
     fields = _recorded(config)
     names = [name(i) for field, (name, layers) in fields.items() if field != "engram" for i in layers]
     return names + [new_state_name(*place) for place in recorded_rows(config)]
+
+
+def draft_tap_names(config: ModelConfig) -> list[str]:
+    """The same inside the graph that drafts, whose layer is numbered behind the model's; none where there is none."""
+    return [*_in_drafts(config)] if config.drafts else []
+
+
+def _in_drafts(config: ModelConfig) -> dict[str, str]:
+    """What is recorded of the layer that drafts, as its graph calls it, and as that of a model of its own would."""
+    own, behind = config.drafter, config.num_layers
+    fields = {name(behind + i): name(i) for name, layers in _recorded(own).values() for i in layers}
+    return fields | {new_state_name(behind + i, name): new_state_name(i, name) for i, name in recorded_rows(own)}
 
 
 def recorded_rows(config: ModelConfig) -> list[tuple[int, str]]:
@@ -146,11 +166,10 @@ def record(
         every_BS = np.broadcast_to(np.arange(S), (B, S))
         logits = executor.step(ids_BS, state, logits_at_BQ=every_BS, lengths_B=lengths_B)
         said = {"logits": logits} if executor.trunk is None else {"logits": logits, "trunk": executor.trunk}
-        for name, value in {**executor.tapped, **{n: v.reshape(B * S, -1) for n, v in said.items()}}.items():
-            rows = value.reshape(B, S, *value.shape[1:])
-            for b, length in enumerate(lengths_B):
-                # A copy: a view would keep what other sequences were padded with.
-                kept[b].setdefault(name, []).append(rows[b, :length].copy())
+        if config.drafts:
+            assert executor.features is not None
+            said["features"] = executor.features
+        _keep(kept, lengths_B, {**executor.tapped, **{n: v.reshape(B * S, *v.shape[2:]) for n, v in said.items()}})
 
     for start in range(0, max(map(len, prompts)), chunk):
         run([prompt[start : start + chunk] for prompt in prompts])
@@ -161,7 +180,50 @@ def record(
         run([row[-1:] for row in tokens])
     ends = [_rows(config, state, b) for b in range(B)]
     found = [_recording(config, tokens[b], before[b], held[b], kept[b], ends[b]) for b in range(B)]
+    if config.drafts:
+        return _with_drafts(executor, config, found, chunk, decode)
     return _with_thoughts(executor, found, state) if config.thinks else found
+
+
+def _keep(kept: Sequence[dict[str, list[np.ndarray]]], lengths_B: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+    """Take what a step of several sequences had of each, [B*S, ..], by name."""
+    for name, value in values.items():
+        rows = value.reshape(len(kept), len(value) // len(kept), *value.shape[1:])
+        for b, length in enumerate(lengths_B):
+            # A copy: a view would keep what other sequences were padded with.
+            kept[b].setdefault(name, []).append(rows[b, :length].copy())
+
+
+def _with_drafts(
+    executor: TappedExecutor, config: ModelConfig, found: Sequence[Recording], chunk: int, decode: int
+) -> list[Recording]:
+    """The same with what is drafted: of all tokens but the last of each, in chunks and then one by one."""
+    B, own, called = len(found), config.drafter, _in_drafts(config)
+    state, dtype = executor.new_draft_state(B), executor.features.dtype  # type: ignore[union-attr]
+    held = [_held(own, state, b) for b in range(B)]
+    kept: list[dict[str, list[np.ndarray]]] = [{} for _ in found]
+    most = max(len(one.tokens) for one in found) - 1
+    starts = [*range(0, most - decode, chunk), *range(max(most - decode, 0), most)]
+    for start, end in zip(starts, [*starts[1:], most], strict=True):
+        lengths_B = np.array([np.clip(len(one.tokens) - 1 - start, 0, end - start) for one in found])
+        tokens_BS = np.zeros((B, end - start), np.int64)
+        given = np.zeros((B, end - start, *config.hidden_shape), dtype)
+        for b, (one, length) in enumerate(zip(found, lengths_B, strict=True)):
+            assert one.features is not None
+            tokens_BS[b, :length] = one.tokens[start + 1 : start + 1 + length]
+            given[b, :length] = one.features[start : start + length].astype(dtype)
+        every = np.broadcast_to(np.arange(end - start), tokens_BS.shape)
+        logits, handed = executor.draft(tokens_BS, given, state, logits_at_BQ=every, lengths_B=lengths_B)
+        said = {"logits": logits, "features": handed}
+        values = {n: v.reshape(-1, *v.shape[2:]) for n, v in said.items()}
+        _keep(kept, lengths_B, values | {called[n]: v for n, v in executor.draft_tapped.items()})
+    ends = [_rows(own, state, b) for b in range(B)]
+    drafted = []
+    for one, *rest in zip(found, held, kept, ends, strict=True):
+        assert one.features is not None
+        draft = _recording(own, one.tokens[1:].tolist(), [], *rest)  # type: ignore[arg-type]
+        drafted.append(replace(one, draft=replace(draft, given=one.features[:-1])))
+    return drafted
 
 
 def _with_thoughts(executor: TappedExecutor, found: Sequence[Recording], state: State) -> list[Recording]:
@@ -216,10 +278,10 @@ def _recording(
         # What is no longer needed in pieces is dropped.
         found[field] = {i: _JOINED.get(field, _narrow)(pieces.pop(name(i))) for i in which}
     ids, earlier = (np.array(some, np.int64) for some in (tokens, before))
-    trunk = _narrow(pieces["trunk"]) if "trunk" in pieces else None
+    trunk, features = (_narrow(pieces[name]) if name in pieces else None for name in ("trunk", "features"))
     every = {place: _narrow(pieces.pop(new_state_name(*place))) for place in recorded_rows(config)}
     logits = np.concatenate(pieces["logits"])
-    return Recording(ids, earlier, held, **found, state=rows, rows=every, logits=logits, trunk=trunk)
+    return Recording(ids, earlier, held, **found, state=rows, rows=every, logits=logits, trunk=trunk, features=features)
 
 
 def _narrow(pieces: Sequence[np.ndarray]) -> np.ndarray:

@@ -215,5 +215,15 @@ def head_path(config: ModelConfig) -> Path:
     return Path("head", 2 + sum(p.stored for p in collapse), 2 * config.hidden_size + sum(p.terms for p in collapse), 0)
 
 
+def features_path(config: ModelConfig) -> Path:
+    """The norm of what a layer that drafts goes on from; streams are handed over as they are."""
+    return Path("norm", 1, config.hidden_size, 0) if config.hyper is None else Path("", 0, 0, 0)
+
+
+def draft_entry_path(config: ModelConfig) -> Path:
+    """A norm and a projection of either summand, and their sum."""
+    return Path("entry", 2 if config.hyper is None else 3, 3 * config.hidden_size, 1)
+
+
 #: Hidden states are stored after each half of a block.
 RESIDUAL = Path("residual", 1, 1, 0)

@@ -22,10 +22,11 @@ from v4export.runtime.onnx import OnnxExecutor
 from v4export.verify.bodies import body_faults
 from v4export.verify.boundary import Boundary
 from v4export.verify.compare import compare
+from v4export.verify.drafts import compare_drafts
 from v4export.verify.looked_up import engram_faults
 from v4export.verify.norms import norm_faults
 from v4export.verify.prompts import LENGTHS, default_prompts
-from v4export.verify.recording import Recording, record, tap_names
+from v4export.verify.recording import Recording, draft_tap_names, record, tap_names
 from v4export.verify.references import check_references
 from v4export.verify.remembering import remembered_rows
 
@@ -142,7 +143,8 @@ def verify_bundle(
     for one in rows:
         advance(one)
     boundaries = compare(weights, config, bundle.precision, recordings, advance, token_map, scales)
-    return Verification(device, tuple(map(len, prompts)), decode, (references, *rows, *boundaries), bodies)
+    drafts = compare_drafts(weights, config, bundle.precision, recordings, advance)
+    return Verification(device, tuple(map(len, prompts)), decode, (references, *rows, *boundaries, *drafts), bodies)
 
 
 def _past_the_decoder(
@@ -193,6 +195,7 @@ def _executor(bundle: Bundle, device: str, bodies: bool = False, kernels: bool =
         bodies=bodies,
         kernels=kernels,
         thought_taps=True,
+        draft_taps=draft_tap_names(bundle.config),
         sharding=bundle.sharding,
     )
 

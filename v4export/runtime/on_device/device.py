@@ -106,8 +106,8 @@ class Fed:
         }
 
     def feed(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Put other numbers in their places."""
-        for name, place in self._places.items():
-            self._host[place] = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
+        """Put other numbers in their places; those that are not given stay."""
+        for name, array in arrays.items():
+            self._host[self._places[name]] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         # From pageable memory, so that it may be written over as soon as the call returns.
         self._device.copy_(torch.from_numpy(self._host))

@@ -16,7 +16,7 @@ import torch
 
 from v4export.runtime.on_device.device import Device, Fed
 from v4export.runtime.on_device.loaded import Context, Engine
-from v4export.runtime.on_device.state import DeviceBuffer, Kind, kind_of
+from v4export.runtime.on_device.state import DeviceBuffer, kind_of, places_name
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,23 +52,26 @@ class Pass:
         ]
 
     def feed(self, fed: Mapping[str, np.ndarray]) -> None:
-        """Other numbers, of the same shapes."""
+        """Other numbers, of the same shapes; those that are not given stay."""
         self._fed.feed(fed)
+
+    def compute(self) -> None:
+        """The step, and nothing of its new rows."""
+        self._context.enqueue()
 
     def work(self) -> None:
         """The step, and its new rows put in their places."""
-        self._context.enqueue()
+        self.compute()
+        self.put()
+
+    def put(self) -> None:
+        """Its new rows put in their places."""
         for buffer, places, new in self._moves:
             buffer.write(places, new)
 
     def let_go(self) -> None:
         """Of the state, whose memory a captured step must not keep: it is used only while the state has it."""
         self._moves = []
-
-
-def places_name(kind: Kind) -> str:
-    """The name that places of new rows are fed by."""
-    return f"places of {kind}"
 
 
 @dataclass

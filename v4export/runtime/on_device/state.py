@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,21 @@ Kind = tuple[int, int | None]
 def kind_of(tensor: StateTensor) -> Kind:
     """Which tensors it shares its places with."""
     return tensor.every, tensor.ring
+
+
+def places_name(kind: Kind) -> str:
+    """The name that places of new rows are fed by."""
+    return f"places of {kind}"
+
+
+class Waiting(Protocol):
+    """A step, as far as it waits for places of its rows."""
+
+    def feed(self, fed: Mapping[str, np.ndarray]) -> None:
+        """Other numbers, some of those that it was fed."""
+
+    def put(self) -> None:
+        """Its new rows put in their places."""
 
 
 @dataclass
@@ -93,6 +108,8 @@ class DeviceState(State):
     """
 
     device: Device | None = None
+    #: A step whose rows are not in their places yet.
+    waiting: Waiting | None = None
 
     @property
     def single(self) -> bool:
@@ -123,11 +140,11 @@ class DeviceState(State):
         with self.device.scope():
             super().restore(tokens, rows)
 
-    def first(self, count: int) -> Self:
-        """A state of the first ``count`` sequences in the same memory, with room for one more token of each."""
+    def first(self, count: int, room: int = 1) -> Self:
+        """A state of the first ``count`` sequences in the same memory, with room for so many more tokens of each."""
         assert self.device
         with self.device.scope():
-            return super().first(count)
+            return super().first(count, room)
 
     def named(self) -> Iterator[tuple[int, str, DeviceBuffer]]:
         """All buffers, with their layers and names."""
@@ -149,7 +166,13 @@ class DeviceState(State):
         return {kind: _places(buffer, before_B, after_B, self._steps) for kind, buffer in kinds.items()}
 
     def _take(self, after_B: np.ndarray, past_decoder: bool) -> None:
-        """The step has put them there."""
+        """The step has put them there, unless it waited to be told how many."""
+        if self.waiting and self.device:
+            step, self.waiting = self.waiting, None
+            places = self.places(after_B - self.lengths_B, len(after_B))
+            with self.device.scope():
+                step.feed({places_name(kind): one for kind, one in places.items()})
+                step.put()
 
 
 def _places(buffer: DeviceBuffer, before_B: np.ndarray, after_B: np.ndarray, steps: int) -> np.ndarray:

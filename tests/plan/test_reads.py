@@ -8,6 +8,7 @@ import pytest
 
 from v4export import presets
 from v4export.checkpoint.count import parameter_counts
+from v4export.config.chosen import Chosen
 from v4export.graphs.repacked import BITS
 from v4export.plan.reads import are_repacked, reads
 from v4export.precision import precision
@@ -55,6 +56,15 @@ def test_integers_as_kernels_read_them():
     # Experts have 4 bits and a float32 for 32 numbers; other matrices eight, or as many as before.
     assert plain * 5 / 32 < found < without < plain
     assert are_repacked({"weights/cpu-00001.safetensors": {}}) and not are_repacked({"weights/converted-00001": {}})
+
+
+@pytest.mark.parametrize("preset", ["deepseek-v3", "tiny-v4"])
+def test_what_drafts_is_a_graph_of_its_own(preset):
+    plain = presets.load(preset)
+    config = Chosen(draft=True).of(plain)
+    assert config.drafts
+    found = [reads(one, precision("bf16", one), 64, widened=False, repacked=False) for one in (plain, config)]
+    assert found[0] == found[1]
 
 
 def test_cached_rows_by_hand():

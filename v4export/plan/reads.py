@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from v4export.checkpoint.audit import Weight
 from v4export.checkpoint.imagined import imagined
+from v4export.checkpoint.names import drafter_prefix
 from v4export.config import ModelConfig
 from v4export.graphs.repacked import BITS, COLUMNS
 from v4export.plan.loads import rows_read
@@ -19,7 +20,7 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Reads:
-    """Of one token of one sequence, without a thought.
+    """Of one token of one sequence, without a thought or a draft.
 
     Attributes:
         weights: bytes of the matrices that it is multiplied with, K of E experts among them.
@@ -47,12 +48,14 @@ def reads(config: ModelConfig, precision: Precision, context: int, *, widened: b
         repacked: whether integer matrices were written once more for those kernels.
     """
     weights = imagined(config)
+    # What thinks and what drafts are graphs of their own.
+    apart = ("model.reasoning.", *((drafter_prefix(config),) if config.drafts else ()))
     looked_up = ("engram_table", "hash_table", *(() if config.tie_word_embeddings else ("embedding",)))
     stored = weight_bytes(weights, config, precision, cpu_weights=False).each
     total = 0.0
     for name, nbytes in stored.items():
         weight = weights.get(name)
-        if weight is None or weight.name.startswith("model.reasoning.") or weight.role in looked_up:
+        if weight is None or weight.name.startswith(apart) or weight.role in looked_up:
             continue
         share = config.experts_per_token / config.num_experts if weight.role == "expert" else 1.0
         total += share * (_widened(weight, precision, nbytes, repacked) if widened else nbytes)

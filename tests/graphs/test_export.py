@@ -195,7 +195,8 @@ def test_files_of_a_model_that_thinks(thinking):
     assert {*files, "weights/model.safetensors", "tokenizer.json"} <= manifest["files"].keys()
     assert {p.name for p in thinking.folder.glob("*.onnx")} == {*files}
     assert manifest["thinking"] == {"steps": 3, "confidence": "entropy", "threshold": 1.0}
-    assert manifest["chosen"] == {"layers": None, "engram_inside": False, "think_steps": None, "state": None}
+    nothing = {"layers": None, "engram_inside": False, "think_steps": None, "state": None, "draft": False}
+    assert manifest["chosen"] == nothing
     for name in files:
         onnx.checker.check_model(thinking.folder / name)
 

@@ -252,8 +252,10 @@ class CachedPrompt:
         logits_at_BQ: np.ndarray,
         lengths_B: np.ndarray | None = None,
         coming: Coming | None = None,
+        commit: bool = True,
     ) -> np.ndarray:
         """As ``Executor.step``; of tokens that are held, nothing is run."""
+        assert commit, "nothing is drafted behind a prompt cache"
         skipped = min(self._ahead, tokens_BS.shape[1])
         self._ahead -= skipped
         if skipped == tokens_BS.shape[1]:

@@ -336,6 +336,8 @@ def test_refusals(capfd, tiny_bundle, tmp_path):
     assert other.code == 2 and "another bundle" in other.err and "remove this one" in other.err
     skips = call(capfd, "run", folder, "--prompt", PROMPT, "--skip-decoder", "--prompt-cache", file)
     assert skips.code == NotSupported.exit_code
+    drafts = call(capfd, "run", folder, "--prompt", PROMPT, "--draft-max", 2, "--prompt-cache", file)
+    assert drafts.code == NotSupported.exit_code and "--draft-max" in drafts.err
     shared = tmp_path / "shared"
     shutil.copytree(folder, shared)
     manifest = json.loads((shared / "v4export.json").read_text())

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4export.errors import BadInput, NumbersDiffer
-from v4export.runtime.generate import Coming, Event, Generation, StopStrings, generate, run_text
+from v4export.runtime.generate import Event, Generation, StopStrings, generate, run_text
 from v4export.runtime.pausing import Pause, Pausing, Thought
 from v4export.runtime.sampling import Sampler, Sampling
+from v4export.runtime.state import Coming
 from v4export.runtime.tokenizer import Tokenizer
 
 

@@ -17,7 +17,7 @@ from v4export.graphs.shards import numpy_dtype
 from v4export.graphs.stamp import engram_name, state_name
 from v4export.graphs.trace import DECODER_START
 from v4export.precision import Precision
-from v4export.runtime.generate import Coming
+from v4export.runtime.state import Coming
 from v4export.runtime.thinking import Thinker, Thought
 from v4export.state_contract import may_skip_decoder
 

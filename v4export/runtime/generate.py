@@ -18,14 +18,11 @@ from v4export.runtime.drafting import Drafter, Drafting, Drafts
 from v4export.runtime.pausing import Pause, Pausing, Thinks, paused
 from v4export.runtime.prompt_cache import PromptCache
 from v4export.runtime.sampling import Sampler, Sampling
+from v4export.runtime.state import Coming
 from v4export.runtime.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
 _SHORTEST_S = 1e-9  # the clock's step; keeps a rate finite
-
-
-#: Tokens [B, S] of a step that is yet to come, and how many of each row are real; None where all are.
-Coming = tuple[np.ndarray, np.ndarray | None]
 
 
 class Executor(Thinks, Drafts, Protocol):

@@ -16,10 +16,9 @@ from v4export.graphs.stamp import new_state_name, state_name
 from v4export.graphs.trace import FEATURES
 from v4export.precision import Precision
 from v4export.runtime.executing import GraphExecutor, advance
-from v4export.runtime.generate import Coming
 from v4export.runtime.ranks import session
 from v4export.runtime.sessions import OnRun, Running, Session
-from v4export.runtime.state import State
+from v4export.runtime.state import Coming, State
 from v4export.runtime.thinking import Thinker
 from v4export.state_contract import state_tensors
 

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +27,8 @@ from v4export.config import ModelConfig
 from v4export.errors import BadInput
 from v4export.graphs.shards import SAFETENSORS_NAMES, numpy_dtype
 from v4export.graphs.stamp import state_name
+from v4export.runtime.state import Coming
 from v4export.state_contract import StateTensor, state_tensors
-
-if TYPE_CHECKING:
-    from v4export.runtime.generate import Coming
 
 _FORMAT = "v4export prompt cache 1"
 _TOKENS, _LOGITS, _TRUNK = "tokens", "logits", "trunk"

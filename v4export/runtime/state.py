@@ -16,6 +16,9 @@ from v4export.state_contract import StateTensor, remembered, state_tensors
 
 _FIRST_CAPACITY = 256
 
+#: Tokens [B, S] of a step that is yet to come, and how many of each row are real; None where all are.
+Coming = tuple[np.ndarray, np.ndarray | None]
+
 
 @dataclass
 class Buffer:

@@ -19,11 +19,11 @@ from v4export.graphs.stamp import new_state_name, state_name
 from v4export.graphs.trace import FEATURES
 from v4export.precision import Precision
 from v4export.runtime.executing import GraphExecutor, advance
-from v4export.runtime.generate import Coming
 from v4export.runtime.on_device.device import address
 from v4export.runtime.on_device.loaded import Context, Engine, Runtime
 from v4export.runtime.on_device.replays import Pass, Replays
 from v4export.runtime.on_device.state import DeviceBuffer, DeviceState, places_name
+from v4export.runtime.state import Coming
 from v4export.runtime.thinking import Thinker
 
 #: A step that an engine has a profile for: number of its first token, tokens, lengths, and what comes after.

@@ -25,7 +25,7 @@ from v4export.progress import Stages
 #: What a measurement is told, and a simulation is not.
 _MEASURED = (
     *("prompt_tokens", "new_tokens", "repetitions", "draft_max", "threads"),
-    *("executor", "cuda_graphs", "check_files"),
+    *("executor", "cuda_graphs", "kernels", "check_files"),
 )
 
 _plan_options = options(

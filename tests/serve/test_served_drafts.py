@@ -85,7 +85,7 @@ def test_triton(bundle, tmp_path):
     text = (made.folder / name / "config.pbtxt").read_text()
     assert 'key: "draft_max" value { string_value: "3" }' in text
     parameters = dict(slots="3", queue="128", chunk="16", draft_max="3", max_tokens="256", threads="1")
-    parameters |= dict(executor="onnxruntime", device="cpu", cuda_graphs="1", check_files="1")
+    parameters |= dict(executor="onnxruntime", device="cpu", cuda_graphs="1", kernels="0", check_files="1")
     config = {"parameters": {key: {"string_value": value} for key, value in parameters.items()}}
     place = {"model_repository": str(made.folder / name), "model_version": "1", "model_name": name}
     utilities, answers = triton_utilities()

@@ -74,7 +74,7 @@ def test_triton(folder, played, tmp_path):
     made = api.package(folder, tmp_path / "models", executor="tensorrt", slots=3, chunk=16)
     text = (made.folder / "tiny" / "config.pbtxt").read_text()
     parameters = dict(slots="3", queue="128", chunk="16", draft_max="0", max_tokens="256", threads="0")
-    parameters |= dict(executor="tensorrt", device="cuda", cuda_graphs="1", check_files="1")
+    parameters |= dict(executor="tensorrt", device="cuda", cuda_graphs="1", kernels="0", check_files="1")
     for name, value in parameters.items():
         assert f'parameters {{ key: "{name}" value {{ string_value: "{value}" }} }}' in text
     assert "kind: KIND_GPU" in text and made.models == ("tiny", "tiny-engine")

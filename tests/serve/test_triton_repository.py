@@ -73,7 +73,7 @@ def test_its_configuration_is_triton_s(bundle, tmp_path):
     given = {key: value.string_value for key, value in config.parameters.items()}
     assert given == {
         **{"slots": "3", "queue": "5", "chunk": "7", "max_tokens": "11", "threads": "2", "device": "cpu"},
-        **{"executor": "onnxruntime", "cuda_graphs": "1", "check_files": "1", "draft_max": "0"},
+        **{"executor": "onnxruntime", "cuda_graphs": "1", "kernels": "0", "check_files": "1", "draft_max": "0"},
     }
     cuda = write_repository(bundle, tmp_path / "cuda", choice=Choice(device="cuda"))
     config = parsed((cuda.folder / "tiny" / "config.pbtxt").read_text())

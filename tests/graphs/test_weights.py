@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -109,9 +110,10 @@ def test_a_copy_where_the_file_system_cannot_link(tiny_checkpoint, tmp_path, mon
 
 def test_symbolic_links_are_followed(tiny_checkpoint, tmp_path):
     """The Hub's cache is a folder of symbolic links; onnxruntime follows none."""
-    hub = tmp_path / "snapshot"
-    hub.mkdir()
-    for file in tiny_checkpoint.iterdir():
+    hub, blobs = tmp_path / "model" / "snapshots" / "main", tmp_path / "model" / "blobs"
+    hub.mkdir(parents=True)
+    shutil.copytree(tiny_checkpoint, blobs)
+    for file in blobs.iterdir():
         (hub / file.name).symlink_to(file)
     placement = place(audited(hub).weights.values(), PRECISIONS["bf16"], tmp_path / "out")
     assert placement.written_bytes == 0

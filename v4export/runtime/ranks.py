@@ -5,6 +5,7 @@ Two ways to exchange: all ranks in this process, one after another, or each in i
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Generator, Mapping, Sequence
@@ -114,6 +115,8 @@ class Distributed:
         self._group = torch.distributed
         if not self._group.is_initialized():
             self._group.init_process_group("nccl" if how.device == "cuda" else "gloo")
+            # gloo's threads abort a process that ends while they still listen to others.
+            atexit.register(self._group.destroy_process_group)
         if self._group.get_world_size() != sharding.ranks:
             raise BadInput(
                 f"this bundle is for {sharding.ranks} ranks",

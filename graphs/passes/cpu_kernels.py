@@ -62,12 +62,11 @@ def _weight(gemm: ir.Node) -> StoredMatrix | None:
 
 
 def _linear(graph: ir.Graph, gemm: ir.Node, weight: StoredMatrix) -> None:
-    out, width = weight.sizes
     body = Body(f"{gemm.name or gemm.outputs[0].name}.")
     bias = [v for v in gemm.inputs[2:] if v is not None]
     y = body.op(
         LINEAR, gemm.inputs[0], *weight.read_by(graph), *bias, domain=DOMAIN,
-        out=out, width=width, rows=weight.block[0], columns=weight.block[1], bias=len(bias),
+        **weight.attributes, bias=len(bias),
         activations=rounding(gemm),
     )  # fmt: skip
     replace(graph, gemm, [gemm], body.nodes, gemm.outputs, [y])

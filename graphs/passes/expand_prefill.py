@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from v4export.graphs.passes.neighbours import made_by, read_by
 from v4export.graphs.passes.replaced import replace
 from v4export.plugins.function_body import Body
 
@@ -77,15 +78,15 @@ def _match(attention: ir.Node) -> _Core | None:
     """The pattern of ``v4export.model.mla``'s absorbed form around a float32 LatentAttention node."""
     if attention.outputs[0].dtype != ir.DataType.FLOAT:
         return None
-    join = _made_by(attention.inputs[0], "Concat")
-    turn = _made_by(join and join.inputs[0], "Transpose")
-    absorb = _made_by(turn and turn.inputs[0], "MatMul")
-    heads_first = _made_by(absorb and absorb.inputs[0], "Transpose")
-    parts = _made_by(absorb and absorb.inputs[1], "Split")
-    view = _made_by(parts and parts.inputs[0], "Reshape")
-    out_heads_first = _read_by(attention, "Transpose")
-    emit = _read_by(out_heads_first, "MatMul")
-    last = _read_by(emit, "Transpose")
+    join = made_by(attention.inputs[0], "Concat")
+    turn = made_by(join and join.inputs[0], "Transpose")
+    absorb = made_by(turn and turn.inputs[0], "MatMul")
+    heads_first = made_by(absorb and absorb.inputs[0], "Transpose")
+    parts = made_by(absorb and absorb.inputs[1], "Split")
+    view = made_by(parts and parts.inputs[0], "Reshape")
+    out_heads_first = read_by(attention, "Transpose")
+    emit = read_by(out_heads_first, "MatMul")
+    last = read_by(emit, "Transpose")
     if not (join and turn and absorb and heads_first and view and out_heads_first and emit and last):
         return None
     q_nope, q_rope, to_key, from_latent, kv_b = (
@@ -95,16 +96,6 @@ def _match(attention: ir.Node) -> _Core | None:
         return None
     nodes = (heads_first, absorb, turn, join, attention, out_heads_first, emit, last)
     return _Core(attention, q_nope, q_rope, to_key, from_latent, kv_b, nodes)
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
-
-
-def _read_by(node: ir.Node | None, op_type: str) -> ir.Node | None:
-    readers = list(node.outputs[0].uses()) if node is not None else []
-    return readers[0].node if len(readers) == 1 and readers[0].node.op_type == op_type else None
 
 
 def _ints(value: ir.Value) -> list[int]:

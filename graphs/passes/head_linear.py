@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from v4export.graphs.passes.cpu_kernels import HEAD_LINEAR, rounding
+from v4export.graphs.passes.neighbours import made_by, read_by
 from v4export.graphs.passes.replaced import replace
 from v4export.graphs.passes.stored_matrix import StoredMatrix, stored_matrix
 from v4export.graphs.passes.widen import NARROW
@@ -38,14 +39,14 @@ def head_linear(model: ir.Model) -> bool:
     for node in list(model.graph):
         if node.op_type != "MatMul" or node.outputs[0].dtype not in NARROW:
             continue
-        before, after, rows = _made_by(node.inputs[0], "Transpose"), _read_by(node), _rows(node.inputs[1])
+        before, after = made_by(node.inputs[0], "Transpose"), read_by(node, "Transpose")
+        rows = _rows(node.inputs[1])
         if not (before and after and rows and _swaps(before) and _swaps(after)):
             continue
-        (_, width), body = rows.matrix.sizes, Body(f"{node.name or node.outputs[0].name}.")
+        body = Body(f"{node.name or node.outputs[0].name}.")
         y = body.op(
             HEAD_LINEAR, before.inputs[0], *rows.matrix.read_by(model.graph), domain=DOMAIN,
-            out=rows.matrix.sizes[0], width=width, rows=rows.matrix.block[0], columns=rows.matrix.block[1],
-            each=rows.each, first=rows.first, count=rows.count, transposed=int(rows.transposed),
+            **rows.matrix.attributes, each=rows.each, first=rows.first, count=rows.count, transposed=int(rows.transposed),
             activations=rounding(node),
         )  # fmt: skip
         replace(model.graph, after, [node, after], body.nodes, after.outputs, [y])
@@ -55,10 +56,10 @@ def head_linear(model: ir.Model) -> bool:
 
 def _rows(value: ir.Value | None) -> _Rows | None:
     """What the second factor [H, in, out] of a product is of a stored matrix, by Reshape, Split and Transpose."""
-    turn = _made_by(value, "Transpose")
+    turn = made_by(value, "Transpose")
     part = turn.inputs[0] if turn and _perm(turn) == (0, 2, 1) else value
-    split = _made_by(part, "Split")
-    view = _made_by(split.inputs[0] if split else part, "Reshape")
+    split = made_by(part, "Split")
+    view = made_by(split.inputs[0] if split else part, "Reshape")
     matrix = stored_matrix(view.inputs[0]) if view else None
     if part is None or view is None or matrix is None or part.shape is None or view.outputs[0].shape is None:
         return None
@@ -69,17 +70,6 @@ def _rows(value: ir.Value | None) -> _Rows | None:
     if split and part not in (split.outputs[0], split.outputs[-1]):
         return None
     return _Rows(matrix, each, first, count, transposed=turn is None)
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
-
-
-def _read_by(node: ir.Node) -> ir.Node | None:
-    """The only reader of a node's result, if that transposes it."""
-    readers = list(node.outputs[0].uses())
-    return readers[0].node if len(readers) == 1 and readers[0].node.op_type == "Transpose" else None
 
 
 def _perm(node: ir.Node) -> tuple[int, ...]:

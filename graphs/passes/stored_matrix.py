@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from v4export.graphs.passes.declared_again import declared_again
+from v4export.graphs.passes.neighbours import made_by
 from v4export.plugins.block_dequantize.onnx import OP_TYPE as BLOCK_DEQUANTIZE
 
 PACKED = ir.DataType.FLOAT4E2M1
@@ -28,11 +29,11 @@ class StoredMatrix:
     block: tuple[int, int] = (0, 0)
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """N, K."""
+    def attributes(self) -> dict[str, int]:
+        """What a kernel's node says of it."""
         assert self.operands[0].shape is not None
-        rows, columns = self.operands[0].shape
-        return int(rows), int(columns)  # type: ignore[arg-type]
+        out, width = map(int, self.operands[0].shape)  # type: ignore[arg-type]
+        return {"out": out, "width": width, "rows": self.block[0], "columns": self.block[1]}
 
     def read_by(self, graph: ir.Graph) -> Sequence[ir.Value]:
         """The operands as a kernel is given them."""
@@ -55,8 +56,8 @@ def stored_matrix(value: ir.Value | None) -> StoredMatrix | None:
 
 
 def _dequantized(value: ir.Value) -> tuple[ir.Value, ir.Value, tuple[int, int]] | None:
-    node = value.producer()
-    if node is None or node.op_type != BLOCK_DEQUANTIZE:
+    node = made_by(value, BLOCK_DEQUANTIZE)
+    if node is None:
         return None
     matrix, scale = node.inputs
     rows, columns = node.attributes["block_shape"].as_ints()

@@ -17,8 +17,7 @@ class Linear {
     const size_t given = ort::inputs(context) - has_bias_;
     const ort::Value* x = ort::input(context, 0);
     const int64_t tokens = ort::Shape(x).dims[0];
-    const Stored w(form_, ort::input(context, 1), given > 2 ? ort::input(context, 2) : nullptr,
-                   given > 3 ? ort::input(context, 3) : nullptr);
+    const Stored w(form_, context, given);
     const ort::Value* bias = has_bias_ ? ort::input(context, given) : nullptr;
     float* y = ort::output<float>(context, 0, {tokens, form_.rows});
     if (!tokens) return;
@@ -74,11 +73,9 @@ class HeadLinear {
         transposed_(ort::attribute(info, "transposed")), rounding_(rounding_of(ort::text(info, "activations"))) {}
 
   void compute(ort::Context* context) {
-    const size_t given = ort::inputs(context);
     const ort::Value* x = ort::input(context, 0);
     const int64_t tokens = ort::Shape(x).dims[0], heads = form_.rows / each_;
-    const Stored w(form_, ort::input(context, 1), given > 2 ? ort::input(context, 2) : nullptr,
-                   given > 3 ? ort::input(context, 3) : nullptr);
+    const Stored w(form_, context, ort::inputs(context));
     const int64_t in = transposed_ ? count_ : form_.width, out = transposed_ ? form_.width : count_;
     float* y = ort::output<float>(context, 0, {tokens, heads, out});
     if (!tokens) return;

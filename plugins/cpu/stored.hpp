@@ -73,6 +73,11 @@ struct Stored {
     if (outer) this->outer = read<float>(ort::bytes(outer));
   }
 
+  // Of a node's inputs: x, the weight, and what there are of its multipliers and theirs, the last being number given - 1.
+  Stored(const Form& form, const ort::Context* context, size_t given)
+      : Stored(form, ort::input(context, 1), given > 2 ? ort::input(context, 2) : nullptr,
+               given > 3 ? ort::input(context, 3) : nullptr) {}
+
   int64_t block() const { return form.block_columns ? form.block_columns : form.width; }
 
   // Multipliers of a row of blocks, one for each of them.

@@ -46,8 +46,8 @@ def head_linear(model: ir.Model) -> bool:
         body = Body(f"{node.name or node.outputs[0].name}.")
         y = body.op(
             HEAD_LINEAR, before.inputs[0], *rows.matrix.read_by(model.graph), domain=DOMAIN,
-            **rows.matrix.attributes, each=rows.each, first=rows.first, count=rows.count, transposed=int(rows.transposed),
-            activations=rounding(node),
+            **rows.matrix.attributes, each=rows.each, first=rows.first, count=rows.count,
+            transposed=int(rows.transposed), activations=rounding(node),
         )  # fmt: skip
         replace(model.graph, after, [node, after], body.nodes, after.outputs, [y])
         found = True

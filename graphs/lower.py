@@ -17,6 +17,7 @@ from v4export.graphs.passes.head_linear import head_linear
 from v4export.graphs.passes.nbits_experts import nbits_experts
 from v4export.graphs.passes.nbits_linear import nbits_linear
 from v4export.graphs.passes.plugin_kernels import plugin_kernels
+from v4export.graphs.passes.pointwise import fuse_pointwise, fuse_rounding
 from v4export.graphs.passes.unpack_fp4 import unpack_fp4
 from v4export.graphs.passes.wide_multipliers import Write, wide_multipliers
 from v4export.graphs.passes.widen import NARROW, widen
@@ -60,9 +61,12 @@ def lower_for_kernels(path: Path) -> ir.Model:
     cpu_kernels(model)
     head_linear(model)
     expand_prefill(model)
+    fuse_pointwise(model)
     common.InlinePass()(model)
     unpack_fp4(model)
-    return _carried_in_float32(model, KERNELS)
+    wide = _carried_in_float32(model, KERNELS)
+    fuse_rounding(wide)
+    return wide
 
 
 def bodies_for_cpu(graph: Path | onnx.ModelProto) -> ir.Model:

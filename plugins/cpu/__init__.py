@@ -45,15 +45,19 @@ class Target:
     options: tuple[str, ...]
 
 
+def _target(name: str, needs: tuple[str, ...]) -> Target:
+    """The compiler names instructions as /proc/cpuinfo does, but for underscores."""
+    return Target(name, frozenset(needs), tuple(f"-m{one.replace('_', '-')}" for one in needs))
+
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", *_AVX2[1:])
 #: The first whose needs a machine meets is the best for it.
 TARGETS = (
-    Target(
-        "avx512",
-        frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")),
-        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
-    ),
-    Target("avx2", frozenset(("avx2", "fma", "f16c")), ("-mavx2", "-mfma", "-mf16c")),
-    Target("generic", frozenset(), ()),
+    _target("amx", (*_AVX512, "amx_tile", "amx_bf16")),
+    _target("avx512", _AVX512),
+    _target("avx2", _AVX2),
+    _target("generic", ()),
 )
 
 

@@ -36,56 +36,130 @@ struct Segment {
 namespace attention {
 
 constexpr int64_t kSplit = 256;  // rows worth a task of their own
+constexpr int64_t kGroup = 8;    // tokens whose rows are prepared for AMX together
+
+// Query heads, of one token or of several.
+struct Queries {
+  int64_t width, value_width;
+  float scale;
+  bool tiles;  // whether AMX multiplies them
+  std::vector<const float*> each;
+  std::vector<int64_t> seen;  // of each, how many rows it sees, which are the first ones
+  amx::Pairs pairs;           // the same for AMX
+
+  int64_t count() const { return each.size(); }
+
+  void pack() {
+    pairs.resize(count(), width);
+    for (int64_t panel = 0; panel < pairs.panels(); panel++) amx::pack(pairs, each.data(), width, panel);
+  }
+};
 
 // Sums of some rows, not yet divided: z[h] of `stride` columns, and each head's greatest score and sum of exponentials.
 struct Partial {
-  int64_t stride;
+  int64_t stride = 0;
   std::vector<float> z, greatest, total;
 
-  Partial(int64_t heads, int64_t width)
-      : stride((width + kLanes - 1) / kLanes * kLanes), z(heads * stride), greatest(heads, -INFINITY), total(heads) {}
+  void clear(const Queries& queries) {
+    stride = amx::whole(queries.value_width, amx::kSide);
+    z.assign(amx::whole(queries.count(), amx::kSide) * stride, 0);
+    greatest.assign(queries.count(), -INFINITY);
+    total.assign(queries.count(), 0);
+  }
+
+  // Scores p[h * kTile + row] of `count` rows from number `first` on become their exponentials, and zeros where a head sees
+  // no row.
+  void take(float* p, int64_t first, int64_t count, const Queries& queries) {
+    for (int64_t h = 0; h < queries.count(); h++, p += kTile) {
+      const int64_t some = std::clamp<int64_t>(queries.seen[h] - first, 0, count);
+      std::fill(p + some, p + kTile, -INFINITY);
+      if (some) take_head(h, p, some, queries.scale);
+      std::fill(p + some, p + kTile, 0.0f);
+    }
+  }
+
+ private:
+  void take_head(int64_t h, float* p, int64_t count, float scale) {
+    Floats highest = all(greatest[h]), sums{};
+    for (int64_t t = 0; t < count; t += kLanes) {
+      store(p + t, load(p + t) * scale);
+      highest = most(highest, load(p + t));
+    }
+    const float now = *std::max_element(&highest[0], &highest[0] + kLanes);
+    for (int64_t t = 0; t < count; t += kLanes) {
+      const Floats e = exp(load(p + t) - now);  // of what is not seen, too small to count
+      store(p + t, e);
+      sums += e;
+    }
+    if (now > greatest[h]) {
+      const float fade = std::exp(greatest[h] - now);
+      total[h] *= fade;
+      for (int64_t v = 0; v < stride; v++) z[h * stride + v] *= fade;
+      greatest[h] = now;
+    }
+    total[h] += sum(sums);
+  }
 };
 
-// Rows of one format, at most a tile of them, taken up by every head.
+// How many numbers rows are apart, if AMX can take a whole tile of them as they lie; else 0.
 template <class F>
-void add_tile(const uint8_t* const* rows, int64_t count, const float* const* queries, int64_t heads, int64_t width,
-              int64_t value_width, Partial& to) {
+int64_t as_lines(const uint8_t* const* rows, int64_t count, int64_t width) {
+  if (!std::is_same_v<F, Bfloat16> || count < kTile || width % amx::kDepth) return 0;
+  const int64_t apart = rows[1] - rows[0];
+  for (int64_t t = 1; t < count; t++)
+    if (rows[t] - rows[t - 1] != apart) return 0;
+  return apart % 2 ? 0 : apart / 2;
+}
+
+// At most a tile of rows of one format, of which the first has number `first`, taken up by every head.
+template <class F>
+void add_tile(const uint8_t* const* rows, int64_t first, int64_t count, const Queries& queries, Partial& to) {
   thread_local std::vector<float> scores;
-  scores.assign(heads * kTile, -INFINITY);
+  scores.resize(queries.count() * kTile);
   Matrix keys;
   keys.rows = rows;
-  keys.width = width;
-  products<F>(keys, 0, count, queries, heads, scores.data(), kTile);
-  for (int64_t h = 0; h < heads; h++) {
-    float* p = scores.data() + h * kTile;
-    const float before = to.greatest[h], now = std::max(before, *std::max_element(p, p + count));
-    Floats total{};
-    for (int64_t t = 0; t < count; t += kLanes) {
-      Floats e = exp(load(p + t) - now);
-      for (int64_t lane = count - t; lane < kLanes; lane++) e[lane] = 0;
-      store(p + t, e);
-      total += e;
-    }
-    if (now > before) {
-      const float fade = std::exp(before - now);
-      to.total[h] *= fade;
-      for (int64_t v = 0; v < to.stride; v++) to.z[h * to.stride + v] *= fade;
-      to.greatest[h] = now;
-    }
-    to.total[h] += sum(total);
+  keys.width = queries.width;
+  if (!queries.tiles) {
+    products<F>(keys, 0, count, queries.each.data(), queries.count(), scores.data(), kTile);
+    to.take(scores.data(), first, count, queries);
+    return add_columns<F>(rows, count, 0, queries.value_width, scores.data(), to.z.data(), to.stride, queries.count());
   }
-  add_columns<F>(rows, count, 0, value_width, scores.data(), to.z.data(), to.stride, heads);
+  // Exponentials go in as two bfloat16 numbers, so that they lose nothing that matters.
+  thread_local amx::Lines copies, high, low;
+  thread_local amx::Pairs values;
+  high.resize(amx::whole(queries.count(), amx::kSide), count);
+  low.resize(amx::whole(queries.count(), amx::kSide), count);
+  amx::Left lines{};
+  if (const int64_t stride = as_lines<F>(rows, count, queries.width)) {
+    lines = {reinterpret_cast<const uint16_t*>(rows[0]), stride, queries.width};
+    amx::across(values, lines, count, queries.value_width, kTile);
+  } else {
+    copies.resize(amx::whole(count, amx::kBlock), queries.width);
+    for (int64_t t = 0; t < count; t++) amx::widen<F>(keys, t, copies[t], copies.depth);
+    lines = copies;
+    amx::across(values, lines, count, queries.value_width);
+  }
+  const amx::Tiles tiles;
+  amx::products(lines, count, queries.pairs, scores.data(), kTile);
+  to.take(scores.data(), first, count, queries);
+  for (int64_t h = 0; h < queries.count(); h++)
+    for (int64_t t = 0; t < high.depth; t += kLanes) {
+      const Floats p = load(scores.data() + h * kTile + t), nearest = to_bfloat16(p);
+      amx::store_narrow(high[h] + t, nearest);
+      amx::store_narrow(low[h] + t, p - nearest);
+    }
+  amx::add(high, queries.count(), values, to.z.data(), to.stride);
+  amx::add(low, queries.count(), values, to.z.data(), to.stride);
 }
 
 // Rows first <= i < last of all that the spans have.
-inline void add_rows(const std::vector<Span>& spans, int64_t first, int64_t last, const float* const* queries, int64_t heads,
-                     int64_t width, int64_t value_width, Partial& to) {
+inline void add_rows(const std::vector<Span>& spans, int64_t first, int64_t last, const Queries& queries, Partial& to) {
   const uint8_t* rows[kTile];
-  int64_t count = 0, begin = 0;
+  int64_t count = 0, next = first, begin = 0;
   Format format = Format::kFloat32;
   auto flush = [&] {
-    if (count)
-      with_plain(format, [&](auto f) { add_tile<decltype(f)>(rows, count, queries, heads, width, value_width, to); });
+    if (count) with_plain(format, [&](auto f) { add_tile<decltype(f)>(rows, next, count, queries, to); });
+    next += count;
     count = 0;
   };
   for (const Span& span : spans) {
@@ -103,9 +177,16 @@ inline void add_rows(const std::vector<Span>& spans, int64_t first, int64_t last
   flush();
 }
 
+inline int64_t rows_of(const std::vector<Span>& spans) {
+  int64_t count = 0;
+  for (const Span& span : spans) count += span.count;
+  return count;
+}
+
 }  // namespace attention
 
-// What an operator has to say: which rows a query sees, and where its sinks are.
+// What an operator has to say: which rows a query sees, whether each token sees those of the one before and one more
+// (kGrowing), and where its sinks are.
 template <class Rows>
 class Attention {
  public:
@@ -123,51 +204,70 @@ class Attention {
     const typename Rows::Bound bound(rows_, context);
     float* z = ort::output<float>(context, 0, {tokens, heads, value_width});
     if (!tokens) return;
-    std::vector<float> scaled(tokens * heads * width);
     const float* from = reinterpret_cast<const float*>(ort::bytes(q));
-    for (size_t i = 0; i < scaled.size(); i++) scaled[i] = from[i] * scale_;
+    const bool tiles = amx::take(rounding_, heads);
+    const int64_t steps = tokens / bound.batch, group = tiles && Rows::kGrowing ? kGroup : 1;
 
     // Tokens are tasks; where they are few, so are parts of what they see.
-    const int64_t batch = bound.batch, steps = tokens / batch, most = tokens < 8 ? kSplit : INT64_MAX;
     struct Task {
-      int64_t token, first, last;
+      int64_t token, count, first, last;
     };
-    std::vector<std::vector<Span>> seen(tokens);
     std::vector<Task> tasks;
-    for (int64_t m = 0; m < tokens; m++) {
-      bound.spans(seen[m], m / steps, m % steps);
-      int64_t count = 0;
-      for (const Span& span : seen[m]) count += span.count;
-      for (int64_t first = 0; first == 0 || first < count; first += most) {
-        tasks.push_back({m, first, most < count - first ? first + most : count});
-        if (most >= count - first) break;
+    for (int64_t m = 0; m < tokens; m += tasks.back().count) {
+      const int64_t count = std::min(group, steps - m % steps);
+      tasks.push_back({m, count, 0, INT64_MAX});
+      if (tokens >= kGroup) continue;
+      std::vector<Span> spans;
+      bound.spans(spans, m / steps, m % steps + count - 1);
+      for (int64_t rest = rows_of(spans) - kSplit; rest > 0; rest -= kSplit) {
+        const int64_t first = tasks.back().first + kSplit;
+        tasks.back().last = first;
+        tasks.push_back({m, count, first, INT64_MAX});
       }
     }
-    std::vector<Partial> partials;
-    partials.reserve(tasks.size());
-    for (size_t i = 0; i < tasks.size(); i++) partials.emplace_back(heads, value_width);
+    const bool split = tokens < kGroup;
+    std::vector<Partial> partials(split ? tasks.size() : 0);
     ort::parallel(context, tasks.size(), [&](size_t i) {
-      thread_local std::vector<const float*> queries;
-      queries.resize(heads);
-      for (int64_t h = 0; h < heads; h++) queries[h] = scaled.data() + (tasks[i].token * heads + h) * width;
-      add_rows(seen[tasks[i].token], tasks[i].first, tasks[i].last, queries.data(), heads, width, value_width, partials[i]);
+      const Task& task = tasks[i];
+      thread_local Queries queries;
+      thread_local std::vector<Span> spans;
+      thread_local std::vector<Partial> own(1);
+      spans.clear();
+      bound.spans(spans, task.token / steps, task.token % steps + task.count - 1);
+      const int64_t last = rows_of(spans);
+      queries.width = width;
+      queries.value_width = value_width;
+      queries.scale = scale_;
+      queries.tiles = tiles;
+      queries.each.clear();
+      queries.seen.clear();
+      for (int64_t h = 0; h < task.count * heads; h++) {
+        queries.each.push_back(from + (task.token * heads + h) * width);
+        queries.seen.push_back(last - (task.count - 1 - h / heads));
+      }
+      if (tiles) queries.pack();
+      Partial& partial = split ? partials[i] : own[0];
+      partial.clear(queries);
+      add_rows(spans, task.first, std::min(task.last, last), queries, partial);
+      if (!split) join(own, 0, 1, bound.sinks, heads, task, value_width, z);
     });
-    for (size_t i = 0, end = 0; i < tasks.size(); i = end) {
+    for (size_t i = 0, end = 0; split && i < tasks.size(); i = end) {
       for (end = i; end < tasks.size() && tasks[end].token == tasks[i].token; end++) continue;
-      join(partials, i, end, bound.sinks, heads, value_width, z + tasks[i].token * heads * value_width);
+      join(partials, i, end, bound.sinks, heads, tasks[i], value_width, z);
     }
   }
 
  private:
+  template <class Task>
   void join(const std::vector<attention::Partial>& partials, size_t first, size_t last, const float* sinks, int64_t heads,
-            int64_t width, float* z) const {
-    for (int64_t h = 0; h < heads; h++) {
-      float greatest = sinks ? sinks[h] : -INFINITY;
+            const Task& task, int64_t width, float* z) const {
+    for (int64_t h = 0; h < task.count * heads; h++) {
+      float greatest = sinks ? sinks[h % heads] : -INFINITY;
       for (size_t i = first; i < last; i++) greatest = std::max(greatest, partials[i].greatest[h]);
-      float total = sinks ? std::exp(sinks[h] - greatest) : 0;
+      float total = sinks ? std::exp(sinks[h % heads] - greatest) : 0;
       for (size_t i = first; i < last; i++)
         if (partials[i].total[h] > 0) total += partials[i].total[h] * std::exp(partials[i].greatest[h] - greatest);
-      float* to = z + h * width;
+      float* to = z + (task.token * heads + h) * width;
       std::fill(to, to + width, 0.0f);
       for (size_t i = first; i < last; i++) {
         if (!(partials[i].total[h] > 0)) continue;
@@ -201,6 +301,7 @@ struct BoundRows {
 
 struct LatentRows {
   static constexpr const char* kName = "LatentAttention";
+  static constexpr bool kGrowing = true;
   int64_t latent;
 
   explicit LatentRows(const ort::Info* info) : latent(ort::attribute(info, "latent_width")) {}
@@ -217,6 +318,7 @@ struct LatentRows {
 
 struct SparseLatentRows : LatentRows {
   static constexpr const char* kName = "SparseLatentAttention";
+  static constexpr bool kGrowing = false;
   using LatentRows::LatentRows;
 
   struct Bound : BoundRows {
@@ -248,6 +350,7 @@ struct SparseLatentRows : LatentRows {
 // The newest tokens, by a ring and the step's own rows.
 struct WindowRows {
   static constexpr const char* kName = "WindowAttention";
+  static constexpr bool kGrowing = false;
 
   explicit WindowRows(const ort::Info*) {}
   int64_t value_width(int64_t width) const { return width; }

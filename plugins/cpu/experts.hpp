@@ -2,7 +2,7 @@
 // multipliers and as many of theirs where there are any -> [M, D] float32, rounded where the node's own type is.
 #pragma once
 
-#include "stored.hpp"
+#include "pointwise.hpp"
 
 class MoeExperts {
  public:
@@ -26,13 +26,12 @@ class MoeExperts {
       from[i] = x + order.slots[i] / each * into_.width;
       inner[i] = h.data() + i * into_.rows;
     }
-    run(context, order.visits, into_, [&](const Visit& visit, int64_t first, int64_t last) {
-      up(context, visit, first, last, from.data(), h.data());
+    run(context, order.visits, into_, from.data(), [&](const Visit& visit, const Vectors& vectors, int64_t first, int64_t last) {
+      up(context, visit, vectors, first, last, h.data());
     });
-    run(context, order.visits, back_, [&](const Visit& visit, int64_t first, int64_t last) {
+    run(context, order.visits, back_, inner.data(), [&](const Visit& visit, const Vectors& vectors, int64_t first, int64_t last) {
       const Stored down = matrix(context, back_, 2 * experts_ + visit.expert);
-      float* out = z.data() + visit.begin * into_.width;
-      multiply(down, first, last, inner.data() + visit.begin, visit.end - visit.begin, out, into_.width);
+      multiply(down, first, last, vectors, z.data() + visit.begin * into_.width, into_.width);
     });
     mix(context, z.data(), order.places.data(), ort::data<float>(context, 1), tokens, each, y);
   }
@@ -71,49 +70,55 @@ class MoeExperts {
     return Stored(form, of(0), of(1), of(2));
   }
 
-  // Shares the rows of every visited expert's matrix out.
+  // Shares the rows of every visited expert's matrix out, to be multiplied by the vectors of its slots.
   template <class Action>
-  void run(ort::Context* context, const std::vector<Visit>& visits, const Form& form, const Action& action) const {
+  void run(ort::Context* context, const std::vector<Visit>& visits, const Form& form, const float* const* slots,
+           const Action& action) const {
     struct Task {
-      const Visit* visit;
+      size_t visit;
       int64_t first, last;
     };
-    std::vector<Task> tasks;
-    for (const Visit& visit : visits) {
-      const int64_t rows = share(form.rows, form.width, visit.end - visit.begin);
-      for (int64_t first = 0; first < form.rows; first += rows)
-        tasks.push_back({&visit, first, std::min(first + rows, form.rows)});
+    std::vector<Vectors> vectors;
+    std::vector<amx::Pairs> pairs(visits.size());
+    std::vector<Task> panels, tasks;
+    for (size_t v = 0; v < visits.size(); v++) {
+      vectors.push_back({slots + visits[v].begin, visits[v].end - visits[v].begin});
+      if (amx::take(rounding_, vectors[v].count)) {
+        pairs[v].resize(vectors[v].count, form.width);
+        vectors[v].pairs = &pairs[v];
+        for (int64_t panel = 0; panel < pairs[v].panels(); panel++) panels.push_back({v, panel, panel + 1});
+      }
+      const int64_t rows = share(form.rows, form.width, vectors[v]);
+      for (int64_t first = 0; first < form.rows; first += rows) tasks.push_back({v, first, std::min(first + rows, form.rows)});
     }
-    ort::parallel(context, tasks.size(), [&](size_t i) { action(*tasks[i].visit, tasks[i].first, tasks[i].last); });
+    ort::parallel(context, panels.size(), [&](size_t i) {
+      amx::pack(pairs[panels[i].visit], vectors[panels[i].visit].each, form.width, panels[i].first);
+    });
+    ort::parallel(context, tasks.size(), [&](size_t i) {
+      action(visits[tasks[i].visit], vectors[tasks[i].visit], tasks[i].first, tasks[i].last);
+    });
   }
 
   // h[i][n] = silu(gate_n . x_i) * (up_n . x_i)
-  void up(ort::Context* context, const Visit& visit, int64_t first, int64_t last, const float* const* from, float* h) const {
+  void up(ort::Context* context, const Visit& visit, const Vectors& vectors, int64_t first, int64_t last, float* h) const {
     thread_local std::vector<float> sums;
-    const int64_t count = visit.end - visit.begin, rows = last - first;
+    const int64_t count = vectors.count, rows = last - first;
     sums.resize(2 * count * rows);
     float *gate = sums.data() - first, *up = gate + count * rows;
-    const float* const* vectors = from + visit.begin;
-    multiply(matrix(context, into_, visit.expert), first, last, vectors, count, gate, rows);
-    multiply(matrix(context, into_, experts_ + visit.expert), first, last, vectors, count, up, rows);
+    multiply(matrix(context, into_, visit.expert), first, last, vectors, gate, rows);
+    multiply(matrix(context, into_, experts_ + visit.expert), first, last, vectors, up, rows);
     for (int64_t c = 0; c < count; c++) {
       float* to = h + (visit.begin + c) * into_.rows;
       for (int64_t n = first; n < last; n += kLanes) {
         const int some = static_cast<int>(std::min<int64_t>(kLanes, last - n));
-        const Floats value = swiglu(load_first(gate + c * rows + n, some), load_first(up + c * rows + n, some));
+        const Floats value = hidden(load_first(gate + c * rows + n, some), load_first(up + c * rows + n, some));
         store_first(to + n, value, some);
       }
     }
   }
 
-  Floats swiglu(Floats gate, Floats up) const {
-    gate = rounded(gate, rounding_);
-    up = rounded(up, rounding_);
-    if (limit_ > 0) {
-      gate = least(gate, all(limit_));
-      up = most(least(up, all(limit_)), all(-limit_));
-    }
-    return rounded(gate / (1.0f + exp(-gate)) * up, rounding_);
+  Floats hidden(Floats gate, Floats up) const {
+    return rounded(swiglu(rounded(gate, rounding_), rounded(up, rounding_), limit_), rounding_);
   }
 
   // y[m] = sum over k of w[m, k] z[m, k]

@@ -3,6 +3,7 @@
 #include "experts.hpp"
 #include "index.hpp"
 #include "linear.hpp"
+#include "route.hpp"
 
 const ort::Api* ort::api = nullptr;
 
@@ -14,7 +15,9 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
       ort::Domain* made = nullptr;
       ort::check(ort::call<ort::Status*>(26, "v4", &made));
       for (const ort::CustomOp* op :
-           {ort::op<Linear>(), ort::op<HeadLinear>(), ort::op<MoeExperts>(), ort::op<IndexSelect>(), ort::op<CandidateSelect>(), ort::op<IndexReselect>(), ort::op<Attention<LatentRows>>(),
+           {ort::op<Linear>(), ort::op<HeadLinear>(), ort::op<MoeExperts>(), ort::op<MoeRoute>(), ort::op<HashRoute>(),
+            ort::op<Round>(), ort::op<Sum>(), ort::op<RmsNorm>(), ort::op<SwiGlu>(), ort::op<IndexSelect>(),
+            ort::op<CandidateSelect>(), ort::op<IndexReselect>(), ort::op<Attention<LatentRows>>(),
             ort::op<Attention<SparseLatentRows>>(), ort::op<Attention<WindowRows>>(), ort::op<Attention<CompressedRows>>(),
             ort::op<Attention<SparseRows>>()})
         ort::check(ort::add(made, op));

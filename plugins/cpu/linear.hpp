@@ -18,41 +18,36 @@ class Linear {
     const ort::Value* x = ort::input(context, 0);
     const int64_t tokens = ort::Shape(x).dims[0];
     const Stored w(form_, context, given);
-    const ort::Value* bias = has_bias_ ? ort::input(context, given) : nullptr;
+    const std::vector<float> bias = has_bias_ ? numbers(ort::input(context, given)) : std::vector<float>();
     float* y = ort::output<float>(context, 0, {tokens, form_.rows});
     if (!tokens) return;
-    thread_local std::vector<const float*> vectors;
-    vectors.resize(tokens);
-    for (int64_t m = 0; m < tokens; m++) vectors[m] = reinterpret_cast<const float*>(ort::bytes(x)) + m * form_.width;
-    const float* const* from = vectors.data();
-    const int64_t rows = share(form_.rows, form_.width, tokens);
+    std::vector<const float*> each(tokens);
+    for (int64_t m = 0; m < tokens; m++) each[m] = reinterpret_cast<const float*>(ort::bytes(x)) + m * form_.width;
+    Vectors vectors{each.data(), tokens};
+    amx::Pairs pairs;
+    if (amx::take(rounding_, tokens)) {
+      pairs.resize(tokens, form_.width);
+      ort::parallel(context, pairs.panels(), [&](size_t panel) { amx::pack(pairs, each.data(), form_.width, panel); });
+      vectors.pairs = &pairs;
+    }
+    const int64_t rows = share(form_.rows, form_.width, vectors);
     ort::parallel(context, (form_.rows + rows - 1) / rows, [&](size_t task) {
       const int64_t first = task * rows;
       const int64_t last = std::min(first + rows, form_.rows);
-      multiply(w, first, last, from, tokens, y, form_.rows);
-      if (bias || rounding_ != Rounding::kNone)
-        for (int64_t m = 0; m < tokens; m++) finish(y + m * form_.rows, first, last, bias);
+      multiply(w, first, last, vectors, y, form_.rows);
+      if (has_bias_ || rounding_ != Rounding::kNone)
+        for (int64_t m = 0; m < tokens; m++) finish(y + m * form_.rows, first, last, bias.data());
     });
   }
 
  private:
-  void finish(float* y, int64_t first, int64_t last, const ort::Value* bias) const {
+  void finish(float* y, int64_t first, int64_t last, const float* bias) const {
     for (int64_t n = first; n < last; n += kLanes) {
       const int some = static_cast<int>(std::min<int64_t>(kLanes, last - n));
       Floats value = load_first(y + n, some);
-      if (bias) value += numbers(bias, n, some);
+      if (bias) value += load_first(bias + n, some);
       store_first(y + n, rounded(value, rounding_), some);
     }
-  }
-
-  // Some of a vector of any plain format.
-  static Floats numbers(const ort::Value* vector, int64_t first, int count) {
-    return with_plain(format_of(ort::Shape(vector).type), [&](auto format) {
-      using F = decltype(format);
-      uint8_t padded[kLanes * 4] = {};
-      std::memcpy(padded, ort::bytes(vector) + F::bytes(first), F::bytes(count));
-      return F::widen(padded);
-    });
   }
 
   Form form_;
@@ -80,18 +75,24 @@ class HeadLinear {
     float* y = ort::output<float>(context, 0, {tokens, heads, out});
     if (!tokens) return;
     const float* from = reinterpret_cast<const float*>(ort::bytes(x));
+    const bool tiles = amx::take(rounding_, tokens);
     ort::parallel(context, heads, [&](size_t head) {
-      const int64_t stride = (out + kLanes - 1) / kLanes * kLanes;
+      const int64_t stride = amx::whole(out, amx::kSide);
       thread_local std::vector<float> z;
-      z.assign(tokens * stride, 0);
+      z.assign(amx::whole(tokens, amx::kSide) * stride, 0);
       const int64_t first = head * each_ + first_;
+      thread_local std::vector<const float*> vectors;
+      vectors.resize(tokens);
+      for (int64_t m = 0; m < tokens; m++) vectors[m] = from + (m * heads + head) * in;
       if (transposed_) {
-        add(w, first, from + head * in, heads * in, tokens, z.data(), stride);
+        (tiles ? add_tiles : add)(w, first, count_, vectors, z.data(), stride);
       } else {
-        thread_local std::vector<const float*> vectors;
-        vectors.resize(tokens);
-        for (int64_t m = 0; m < tokens; m++) vectors[m] = from + (m * heads + head) * in;
-        multiply(w, first, first + count_, vectors.data(), tokens, z.data() - first, stride);
+        thread_local amx::Pairs pairs;
+        if (tiles) {
+          pairs.resize(tokens, in);
+          for (int64_t panel = 0; panel < pairs.panels(); panel++) amx::pack(pairs, vectors.data(), in, panel);
+        }
+        multiply(w, first, first + count_, {vectors.data(), tokens, tiles ? &pairs : nullptr}, z.data() - first, stride);
       }
       for (int64_t m = 0; m < tokens; m++)
         for (int64_t n = 0; n < out; n += kLanes)
@@ -101,28 +102,44 @@ class HeadLinear {
   }
 
  private:
-  // z[m] += sum over the head's rows of x[m][r] * row_r, by columns that share multipliers.
-  void add(const Stored& w, int64_t first, const float* x, int64_t apart, int64_t tokens, float* z, int64_t stride) const {
+  // z[m] += sum over `count` rows of x[m][r] * row_r, by columns that share multipliers.
+  static void add(const Stored& w, int64_t first, int64_t count, const std::vector<const float*>& x, float* z, int64_t stride) {
+    const int64_t tokens = x.size();
     with_format(w.format, [&](auto format) {
       using F = decltype(format);
-      const int64_t block = F::kScaled ? w.block() : w.form.width, blocks = (w.form.width + block - 1) / block;
+      const int64_t block = F::kScaled ? w.block() : w.form.width, blocks = F::kScaled ? w.blocks() : 1;
       std::vector<float> p(tokens * kTile), multipliers(blocks * kTile, 1);
       const uint8_t* rows[kTile];
-      for (int64_t begin = 0; begin < count_; begin += kTile) {
-        const int64_t some = std::min<int64_t>(kTile, count_ - begin);
+      for (int64_t begin = 0; begin < count; begin += kTile) {
+        const int64_t some = std::min<int64_t>(kTile, count - begin);
         for (int64_t r = 0; r < some; r++) {
           const int64_t n = first + begin + r;
           rows[r] = w.data + n * F::bytes(w.form.width);
-          if (F::kScaled) w.multipliers(n / w.form.block_rows, multipliers.data() + r * blocks, blocks);
+          if (F::kScaled) w.multipliers(n / w.form.block_rows * blocks, multipliers.data() + r * blocks, blocks);
         }
         for (int64_t b = 0; b < blocks; b++) {
           for (int64_t m = 0; m < tokens; m++)
-            for (int64_t r = 0; r < some; r++)
-              p[m * kTile + r] = x[m * apart + begin + r] * multipliers[r * blocks + b] * F::kUnit;
+            for (int64_t r = 0; r < some; r++) p[m * kTile + r] = x[m][begin + r] * multipliers[r * blocks + b] * F::kUnit;
           add_columns<F>(rows, some, b * block, std::min((b + 1) * block, w.form.width), p.data(), z, stride, tokens);
         }
       }
     });
+  }
+
+  // The same by tiles.
+  static void add_tiles(const Stored& w, int64_t first, int64_t count, const std::vector<const float*>& x, float* z,
+                        int64_t stride) {
+    thread_local amx::Lines rows, lines;
+    thread_local amx::Pairs pairs;
+    lines.resize(amx::whole(x.size(), amx::kSide), count);
+    for (size_t m = 0; m < x.size(); m++) amx::narrow(x[m], count, lines[m], lines.depth);
+    rows.resize(count, w.form.width);
+    with_rows(w, first, first + count, [&](auto format, const Matrix& m) {
+      for (int64_t r = 0; r < count; r++) amx::widen<decltype(format)>(m, r, rows[r], rows.depth);
+    });
+    amx::across(pairs, rows, count, w.form.width);
+    const amx::Tiles tiles;
+    amx::add(lines, x.size(), pairs, z, stride);
   }
 
   Form form_;

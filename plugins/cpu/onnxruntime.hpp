@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <initializer_list>
 #include <iterator>
 #include <mutex>
 #include <string>
@@ -111,16 +110,16 @@ struct Shape {
 };
 
 template <class T>
-T* output(Context* context, size_t index, std::initializer_list<int64_t> dims) {
+T* output(Context* context, size_t index, const std::vector<int64_t>& dims) {
   Value* found = nullptr;
-  check(call<Status*>(91, context, index, dims.begin(), dims.size(), &found));
+  check(call<Status*>(91, context, index, dims.data(), dims.size(), &found));
   return reinterpret_cast<T*>(const_cast<uint8_t*>(bytes(found)));
 }
 
 // Runs task(0) .. task(count - 1) by the session's threads. What a task throws is thrown here, when all have ended.
 template <class Task>
 void parallel(const Context* context, size_t count, const Task& task) {
-  if (count == 1) return task(0);
+  if (count < 2) return count ? task(0) : void();
   struct All {
     const Task& task;
     std::mutex mutex;

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "vectors.hpp"
 
@@ -17,62 +19,100 @@ struct Matrix {
 
 constexpr int kRows = 4, kVectors = 6;  // of a tile: 24 sums, and 4 rows' numbers, stay in registers
 constexpr int64_t kAhead = 1 << 14;      // bytes
+constexpr int64_t kStretch = 32;         // columns whose prefetching goes ahead of them
 
 namespace tiles {
 
+// Few vectors leave registers for sums of a block, so that these are multiplied and not each number.
+template <class Format, int C>
+constexpr bool kLate = Format::kScaled && C <= 2;
+
+// Rows of a tile, each with multipliers of its blocks where the format has any.
+template <int R>
+struct Rows {
+  const uint8_t* rows[R];
+  const float* multipliers[R];
+};
+
+// Of the numbers from byte `at` of each row on, in block `number`, and from place k of each vector.
 template <class Format, int R, int C>
-inline void step(Floats (&sums)[R][C], const uint8_t* const* rows, const float* const* vectors, int64_t k, const float* scale) {
-  Floats x[C];
-  for (int c = 0; c < C; c++) x[c] = load(vectors[c] + k);
+inline void step(Floats (&sums)[R][C], const Rows<R>& tile, int64_t at, const float* const* vectors, int64_t k, int64_t number) {
+  constexpr int kStep = Format::kStep;
+  Floats x[C][kStep];
+  for (int c = 0; c < C; c++)
+    for (int v = 0; v < kStep; v++) x[c][v] = load(vectors[c] + k + v * kLanes);
   for (int r = 0; r < R; r++) {
-    Floats w = Format::widen(rows[r] + Format::bytes(k));
-    if (Format::kScaled) w *= scale[r];
-    for (int c = 0; c < C; c++) sums[r][c] += w * x[c];
+    Floats w[kStep];
+    widen<Format>(tile.rows[r] + at, w);
+    for (int v = 0; v < kStep; v++) {
+      if (Format::kScaled && !kLate<Format, C>) w[v] *= tile.multipliers[r][number];
+      for (int c = 0; c < C; c++) sums[r][c] += w[v] * x[c][v];
+    }
   }
 }
 
-// The last columns, fewer than a vector has lanes.
+// The last columns, fewer than a step takes.
 template <class Format, int R, int C>
-inline void tail(Floats (&sums)[R][C], const uint8_t* const* rows, const float* const* vectors, int64_t k, int64_t end,
-                 const float* scale) {
-  const int count = static_cast<int>(end - k);
+inline void tail(Floats (&sums)[R][C], const Rows<R>& tile, const float* const* vectors, int64_t k, int64_t count, int64_t number) {
   uint8_t last[R][kLanes * 4] = {};
-  float x[C][kLanes] = {};
-  const uint8_t* padded[R];
+  float x[C][kLanes * Format::kStep] = {};
   const float* numbers[C];
+  Rows<R> padded = tile;
   for (int r = 0; r < R; r++) {
-    std::memcpy(last[r], rows[r] + Format::bytes(k), Format::bytes(count));
-    padded[r] = last[r];
+    std::memcpy(last[r], tile.rows[r] + Format::bytes(k), Format::bytes(count));
+    padded.rows[r] = last[r];
   }
   for (int c = 0; c < C; c++) {
-    std::memcpy(x[c], vectors[c] + k, count * sizeof(float));
+    // Those that are apart have zeros behind them.
+    std::memcpy(x[c], vectors[c] + k, Format::kApart ? sizeof x[c] : count * sizeof(float));
     numbers[c] = x[c];
   }
-  step<Format, R, C>(sums, padded, numbers, 0, scale);
+  step<Format, R, C>(sums, padded, 0, numbers, 0, number);
 }
 
 // out[c * stride + r] = unit * sum_k row_r[k] vector_c[k]
 template <class Format, int R, int C>
 void tile(const Matrix& m, int64_t row, const float* const* vectors, float* out, int64_t stride) {
+  constexpr int kWidth = kLanes * Format::kStep;
+  constexpr int64_t kBytes = Format::bytes(kWidth);
   Floats sums[R][C] = {};
-  const uint8_t* const* rows = m.rows + row;
+  Rows<R> tile{};
+  for (int r = 0; r < R; r++) {
+    tile.rows[r] = m.rows[row + r];
+    if (Format::kScaled) tile.multipliers[r] = m.multipliers[row + r];
+  }
   // What is read next but a few tiles, where rows lie one behind the other: short rows end before the machine has seen where
   // they go.
-  const int64_t next = R > 1 ? (rows[R - 1] - rows[0]) / (R - 1) * R : 0;
+  const int64_t next = R > 1 ? (tile.rows[R - 1] - tile.rows[0]) / (R - 1) * R : 0;
   const int64_t ahead = next > 0 ? std::max<int64_t>(kAhead / next, 1) * next : 0;
-  const int64_t block = Format::kScaled ? m.block : m.width;
-  for (int64_t begin = 0, number = 0; begin < m.width; begin += block, number++) {
-    const int64_t end = std::min(begin + block, m.width);
-    float scale[R] = {};
-    if (Format::kScaled)
-      for (int r = 0; r < R; r++) scale[r] = m.multipliers[row + r][number];
-    int64_t k = begin;
-    for (; k + kLanes <= end; k += kLanes) {
-      if (C == 1)
-        for (int r = 0; r < R; r++) __builtin_prefetch(rows[r] + Format::bytes(k) + ahead);
-      step<Format, R, C>(sums, rows, vectors, k, scale);
+  const int64_t block = Format::kScaled ? m.block : kStretch;
+  int64_t k = 0, at = 0, number = 0;
+  const auto prefetch = [&](int64_t bytes) {
+    for (int64_t i = 0; C == 1 && i < bytes; i += 64)
+      for (int r = 0; r < R; r++) __builtin_prefetch(tile.rows[r] + at + ahead + i);
+  };
+  const auto multiply = [&](const Floats (&parts)[R][C]) {
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) sums[r][c] += parts[r][c] * tile.multipliers[r][number];
+  };
+  if (block % kWidth == 0)
+    for (; k + block <= m.width; number++) {
+      Floats parts[R][C] = {};
+      auto& to = kLate<Format, C> ? parts : sums;
+      prefetch(block / kWidth * kBytes);
+      for (const int64_t end = k + block; k < end; k += kWidth, at += kBytes) step<Format, R, C>(to, tile, at, vectors, k, number);
+      if (kLate<Format, C>) multiply(parts);
     }
-    if (k < end) tail<Format, R, C>(sums, rows, vectors, k, end, scale);
+  for (; k < m.width; number++) {
+    Floats parts[R][C] = {};
+    auto& to = kLate<Format, C> ? parts : sums;
+    const int64_t end = std::min(k + block, m.width);
+    at = Format::bytes(k);
+    prefetch(Format::bytes(end - k));
+    for (; k + kWidth <= end; k += kWidth, at += kBytes) step<Format, R, C>(to, tile, at, vectors, k, number);
+    if (k < end) tail<Format, R, C>(to, tile, vectors, k, end - k, number);
+    k = end;
+    if (kLate<Format, C>) multiply(parts);
   }
   for (int c = 0; c < C; c++)
     for (int r = 0; r < R; r++) out[c * stride + r] = Format::kUnit * sum(sums[r][c]);
@@ -87,6 +127,39 @@ void row_of_tiles(const Matrix& m, int64_t row, const float* const* vectors, int
     if (c < count) row_of_tiles<Format, R, Less...>(m, row, vectors + c, count - c, out + c * stride, stride);
 }
 
+// The even lanes of two vectors, and the odd ones.
+inline void part(Floats (&two)[2]) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512 a = (__m512)two[0], b = (__m512)two[1];
+  two[0] = (Floats)_mm512_permutex2var_ps(a, even, b);
+  two[1] = (Floats)_mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+#else
+  float mixed[2 * kLanes];
+  std::memcpy(mixed, two, sizeof mixed);
+  for (int lane = 0; lane < 2 * kLanes; lane++) two[lane % 2][lane / 2] = mixed[lane];
+#endif
+}
+
+// Vectors with even and odd places of every two of the machine's apart, and zeros behind them.
+inline std::vector<const float*> apart(const float* const* vectors, int64_t count, int64_t width, std::vector<float>& to) {
+  const int64_t whole = (width + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes;
+  to.resize(count * whole);
+  std::vector<const float*> found(count);
+  for (int64_t c = 0; c < count; c++) {
+    float* own = to.data() + c * whole;
+    found[c] = own;
+    for (int64_t k = 0; k < width; k += 2 * kLanes) {
+      Floats two[2];
+      for (int half = 0; half < 2; half++)
+        two[half] = load_first(vectors[c] + k + half * kLanes, static_cast<int>(std::clamp<int64_t>(width - k - half * kLanes, 0, kLanes)));
+      part(two);
+      std::memcpy(own + k, two, sizeof two);
+    }
+  }
+  return found;
+}
+
 }  // namespace tiles
 
 // out[c * stride + n] for rows first <= n < last and `count` vectors. Vectors are taken as many at a time as half a second-level
@@ -94,6 +167,11 @@ void row_of_tiles(const Matrix& m, int64_t row, const float* const* vectors, int
 template <class Format>
 void products(const Matrix& m, int64_t first, int64_t last, const float* const* vectors, int64_t count, float* out,
               int64_t stride) {
+  if constexpr (std::is_same_v<Format, E2M1>)
+    if (m.block % (2 * kLanes) == 0) {
+      thread_local std::vector<float> numbers;
+      return products<E2M1Pairs>(m, first, last, tiles::apart(vectors, count, m.width, numbers).data(), count, out, stride);
+    }
   const int64_t fit = std::max<int64_t>(kVectors, (int64_t{1} << 17) / m.width / kVectors * kVectors);
   for (int64_t c = 0; c < count; c += fit) {
     const int64_t some = std::min(fit, count - c);

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "amx.hpp"
 #include "onnxruntime.hpp"
-#include "products.hpp"
 
 enum class Format { kFloat32, kBfloat16, kFloat16, kE4M3, kE2M1 };
 
@@ -80,29 +80,36 @@ struct Stored {
 
   int64_t block() const { return form.block_columns ? form.block_columns : form.width; }
 
-  // Multipliers of a row of blocks, one for each of them.
-  void multipliers(int64_t row_of_blocks, float* to, int64_t count) const {
-    const int64_t at = row_of_blocks * count;
-    for (int64_t i = 0; i < count; i++) to[i] = multiplier(at + i) * outer;
+  // Blocks of a row.
+  int64_t blocks() const { return (form.width + block() - 1) / block(); }
+
+  // Multipliers of blocks, row by row, from number `at` on.
+  void multipliers(int64_t at, float* to, int64_t count) const {
+    switch (scale_type) {
+      case ort::kFloat: return each(to, count, [&](int64_t i) { return read<float>(scale + 4 * (at + i)); });
+      case ort::kBfloat16:
+        return each(to, count, [&](int64_t i) { return as<float>(uint32_t{read<uint16_t>(scale + 2 * (at + i))} << 16); });
+      case ort::kUint8:  // E8M0: an exponent; of zero, half the least normal number
+        return each(to, count, [&](int64_t i) { return as<float>(std::max(uint32_t{scale[at + i]} << 23, uint32_t{1} << 22)); });
+      default:  // E4M3
+        return each(to, count, [&](int64_t i) {
+          const uint32_t bits = scale[at + i];
+          return as<float>((bits & 0x7f) << 20 | (bits & 0x80) << 24) * 0x1p120f;
+        });
+    }
   }
 
-  float multiplier(int64_t at) const {
-    switch (scale_type) {
-      case ort::kFloat: return read<float>(scale + 4 * at);
-      case ort::kBfloat16: return as<float>(uint32_t{read<uint16_t>(scale + 2 * at)} << 16);
-      case ort::kUint8: return scale[at] ? as<float>(uint32_t{scale[at]} << 23) : 0x1p-127f;  // E8M0: an exponent
-      default: {                                                                              // E4M3
-        const int exponent = scale[at] >> 3 & 15, mantissa = scale[at] & 7;
-        const float magnitude = exponent ? as<float>((exponent + 120u) << 23 | unsigned(mantissa) << 20) : mantissa * 0x1p-9f;
-        return scale[at] & 0x80 ? -magnitude : magnitude;
-      }
-    }
+ private:
+  // A loop of its own for each type, which takes many at a time.
+  template <class Number>
+  void each(float* to, int64_t count, const Number& number) const {
+    for (int64_t i = 0; i < count; i++) to[i] = number(i) * outer;
   }
 };
 
-// out[c * stride + n] = row_n . vector_c for rows first <= n < last
-inline void multiply(const Stored& w, int64_t first, int64_t last, const float* const* vectors, int64_t count, float* out,
-                     int64_t stride) {
+// action(format, rows first <= n < last as a Matrix)
+template <class Action>
+void with_rows(const Stored& w, int64_t first, int64_t last, const Action& action) {
   thread_local std::vector<const uint8_t*> rows;
   thread_local std::vector<const float*> multipliers;
   thread_local std::vector<float> grid;
@@ -113,24 +120,60 @@ inline void multiply(const Stored& w, int64_t first, int64_t last, const float* 
     using F = decltype(format);
     for (int64_t n = first; n < last; n++) rows[n - first] = w.data + n * F::bytes(m.width);
     m.rows = rows.data();
-    if constexpr (!F::kScaled) return products<F>(m, 0, last - first, vectors, count, out + first, stride);
-    if (!w.scale) throw std::invalid_argument("a matrix of eight or four bits has no multipliers");
-    m.block = w.block();
-    const int64_t blocks = (m.width + m.block - 1) / m.block, from = first / w.form.block_rows;
-    const int64_t lines = (last - 1) / w.form.block_rows + 1 - from;
-    grid.resize(lines * blocks);
-    multipliers.resize(last - first);
-    for (int64_t line = 0; line < lines; line++) w.multipliers(from + line, grid.data() + line * blocks, blocks);
-    for (int64_t n = first; n < last; n++) multipliers[n - first] = grid.data() + (n / w.form.block_rows - from) * blocks;
-    m.multipliers = multipliers.data();
-    products<F>(m, 0, last - first, vectors, count, out + first, stride);
+    if constexpr (F::kScaled) {
+      if (!w.scale) throw std::invalid_argument("a matrix of eight or four bits has no multipliers");
+      m.block = w.block();
+      const int64_t blocks = w.blocks(), from = first / w.form.block_rows;
+      const int64_t lines = (last - 1) / w.form.block_rows + 1 - from;
+      grid.resize(lines * blocks);
+      multipliers.resize(last - first);
+      w.multipliers(from * blocks, grid.data(), lines * blocks);
+      for (int64_t line = 0, n = first; line < lines; line++)
+        for (; n < std::min((from + line + 1) * w.form.block_rows, last); n++) multipliers[n - first] = grid.data() + line * blocks;
+      m.multipliers = multipliers.data();
+    }
+    action(format, m);
   });
 }
 
-// How many rows a task takes: as many as make a task worth starting, in whole tiles.
-inline int64_t share(int64_t rows, int64_t width, int64_t vectors) {
-  const int64_t worth = (int64_t{1} << 17) / std::max<int64_t>(1, width * std::min<int64_t>(vectors, 16) / 4);
-  return std::clamp<int64_t>(worth / kRows * kRows, kRows, (rows + kRows - 1) / kRows * kRows);
+// What matrices are multiplied by: vectors, and the same as pairs where AMX takes those.
+struct Vectors {
+  const float* const* each;
+  int64_t count;
+  const amx::Pairs* pairs = nullptr;
+};
+
+// out[c * stride + n] = row_n . vector_c for rows first <= n < last
+inline void multiply(const Stored& w, int64_t first, int64_t last, const Vectors& vectors, float* out, int64_t stride) {
+  with_rows(w, first, last, [&](auto format, const Matrix& m) {
+    using F = decltype(format);
+    if (vectors.pairs) return amx::products<F>(m, 0, last - first, *vectors.pairs, out + first, stride);
+    products<F>(m, 0, last - first, vectors.each, vectors.count, out + first, stride);
+  });
+}
+
+// How many rows a task takes: as many as are worth starting one, which is a few microseconds' work, so that threads end together.
+inline int64_t share(int64_t rows, int64_t width, const Vectors& vectors) {
+  const int64_t worth = (int64_t{1} << 16) / std::max<int64_t>(1, width * vectors.count);
+  const int64_t least = vectors.count == 1 ? kRows : amx::kBlock;
+  return std::clamp<int64_t>(amx::whole(worth, kRows), least, amx::whole(rows, least));
+}
+
+// Numbers of a vector of any plain format.
+inline std::vector<float> numbers(const ort::Value* vector) {
+  const ort::Shape shape(vector);
+  const int64_t count = shape.dims.empty() ? 1 : shape.dims.back();
+  std::vector<float> found(count);
+  with_plain(format_of(shape.type), [&](auto format) {
+    using F = decltype(format);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t some = std::min<int64_t>(kLanes, count - i);
+      uint8_t padded[kLanes * 4] = {};
+      std::memcpy(padded, ort::bytes(vector) + F::bytes(i), F::bytes(some));
+      store_first(found.data() + i, F::widen(padded), static_cast<int>(some));
+    }
+  });
+  return found;
 }
 
 inline Rounding rounding_of(const std::string& name) {

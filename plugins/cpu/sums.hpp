@@ -3,7 +3,8 @@
 
 #include "products.hpp"
 
-constexpr int kTile = 64;  // rows at a time: they stay in a cache from one use to the next
+constexpr int kTile = 64;         // rows at a time: they stay in a cache from one use to the next
+constexpr int64_t kAheadRows = 12;  // of what is read
 
 namespace sums {
 
@@ -14,6 +15,8 @@ void add_values(const uint8_t* const* rows, int64_t count, int64_t column, const
   for (int h = 0; h < H; h++)
     for (int v = 0; v < V; v++) sums[h][v] = load(z + h * stride + v * kLanes);
   for (int64_t t = 0; t < count; t++) {
+    if (H == 1)  // there is not enough to do for the next rows to arrive meanwhile
+      for (int64_t i = 0; i < F::bytes(V * kLanes); i += 64) __builtin_prefetch(rows[std::min(t + kAheadRows, count - 1)] + F::bytes(column) + i);
     Floats row[V];
     for (int v = 0; v < V; v++) row[v] = F::widen(rows[t] + F::bytes(column + v * kLanes));
     for (int h = 0; h < H; h++)
@@ -40,6 +43,7 @@ template <class F>
 void add_columns(const uint8_t* const* rows, int64_t count, int64_t begin, int64_t end, const float* p, float* z,
                  int64_t stride, int64_t heads) {
   int64_t v = begin;
+  for (; heads == 1 && v + 8 * kLanes <= end; v += 8 * kLanes) sums::add_values<F, 1, 8>(rows, count, v, p, z + v, stride);
   for (; v + 4 * kLanes <= end; v += 4 * kLanes) sums::add_vectors<F, 4>(rows, count, v, p, z + v, stride, heads);
   for (; v + kLanes <= end; v += kLanes) sums::add_vectors<F, 1>(rows, count, v, p, z + v, stride, heads);
   if (v == end) return;

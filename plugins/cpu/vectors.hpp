@@ -45,13 +45,61 @@ inline Floats load(const float* from) { return read<Floats>(from); }
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 inline Floats all(float value) { return Floats{} + value; }
 
+// Of the first lanes alone, zeros in the others.
 inline Floats load_first(const float* from, int count) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+#else
+  if (count == kLanes) return load(from);
   Floats value{};
   std::memcpy(&value, from, count * sizeof(float));
   return value;
+#endif
 }
 
-inline void store_first(float* to, Floats value, int count) { std::memcpy(to, &value, count * sizeof(float)); }
+inline void store_first(float* to, Floats value, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)value);
+#else
+  if (count == kLanes) return store(to, value);
+  std::memcpy(to, &value, count * sizeof(float));
+#endif
+}
+
+// Lanes of another width. Compilers make several instructions of what is one.
+inline Words widen_lanes(Halves from) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)from);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)from);
+#else
+  return __builtin_convertvector(from, Words);
+#endif
+}
+
+inline Words widen_lanes(Bytes from) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu8_epi32((__m128i)from);
+#else
+  return __builtin_convertvector(from, Words);
+#endif
+}
+
+inline Halves extend_lanes(Signed from) {
+#if defined(__AVX512F__)
+  return (Halves)_mm256_cvtepi8_epi16((__m128i)from);
+#else
+  return as<Halves>(__builtin_convertvector(from, LanesOf<int16_t>::type));
+#endif
+}
+
+inline Halves narrow_lanes(Words from) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)from);
+#else
+  return __builtin_convertvector(from, Halves);
+#endif
+}
 
 // Four lanes at a time: one after another would take as long as a short row itself.
 inline float sum(Floats value) {
@@ -81,10 +129,13 @@ inline Floats exp(Floats x) {
 }
 
 // --- formats: how many bytes `count` numbers take, the vector of numbers that starts at some bytes, of which each means
-// kUnit as much, and whether they have multipliers.
+// kUnit as much, whether they have multipliers, how many vectors are widened together, and whether these are of even and of
+// odd places.
 
 struct Float32 {
   static constexpr bool kScaled = false;
+  static constexpr int kStep = 1;
+  static constexpr bool kApart = false;
   static constexpr float kUnit = 1;
   static constexpr int64_t bytes(int64_t count) { return 4 * count; }
   static Floats widen(const uint8_t* from) { return read<Floats>(from); }
@@ -92,10 +143,12 @@ struct Float32 {
 
 struct Bfloat16 {
   static constexpr bool kScaled = false;
+  static constexpr int kStep = 1;
+  static constexpr bool kApart = false;
   static constexpr float kUnit = 1;
   static constexpr int64_t bytes(int64_t count) { return 2 * count; }
   static Floats widen(const uint8_t* from) {
-    return as<Floats>(__builtin_convertvector(read<Halves>(from), Words) << 16);
+    return as<Floats>(widen_lanes(read<Halves>(from)) << 16);
   }
 };
 
@@ -106,7 +159,7 @@ inline Floats widen_halves(Halves from) {
   return (Floats)_mm256_cvtph_ps((__m128i)from);
 #else
   // Exponents are moved by a product, which subnormal numbers survive.
-  const Words wide = __builtin_convertvector(from, Words);
+  const Words wide = widen_lanes(from);
   const Floats magnitude = as<Floats>((wide & 0x7fff) << 13) * 0x1p112f;
   return as<Floats>(as<Words>(magnitude) | (wide & 0x8000) << 16);
 #endif
@@ -114,6 +167,8 @@ inline Floats widen_halves(Halves from) {
 
 struct Float16 {
   static constexpr bool kScaled = false;
+  static constexpr int kStep = 1;
+  static constexpr bool kApart = false;
   static constexpr float kUnit = 1;
   static constexpr int64_t bytes(int64_t count) { return 2 * count; }
   static Floats widen(const uint8_t* from) { return widen_halves(read<Halves>(from)); }
@@ -122,19 +177,32 @@ struct Float16 {
 // Sign, four bits of exponent, three of mantissa: a float16 of an exponent 8 too small. Extending the sign puts it in place.
 struct E4M3 {
   static constexpr bool kScaled = true;
+  static constexpr int kStep = 2;
+  static constexpr bool kApart = false;
   static constexpr float kUnit = 256;
   static constexpr int64_t bytes(int64_t count) { return count; }
-  static Floats widen(const uint8_t* from) {
-    const Halves wide = as<Halves>(__builtin_convertvector(read<Signed>(from), LanesOf<int16_t>::type));
-    return widen_halves(wide << 7 & 0xbfff);
+  static Floats widen(const uint8_t* from) { return widen_halves(extend_lanes(read<Signed>(from)) << 7 & 0xbfff); }
+  static void widen(const uint8_t* from, Floats& first, Floats& second) {
+#if defined(__AVX512BW__)
+    const __m512i wide = _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from)), 7);
+    const __m512i halves = _mm512_and_si512(wide, _mm512_set1_epi16(int16_t(0xbfff)));
+    first = (Floats)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    second = (Floats)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+#else
+    first = widen(from);
+    second = widen(from + kLanes);
+#endif
   }
 };
 
 // Two numbers a byte, the even one in the low bits.
 struct E2M1 {
   static constexpr bool kScaled = true;
+  static constexpr int kStep = 1;
+  static constexpr bool kApart = false;
   static constexpr float kUnit = 1;
   static constexpr int64_t bytes(int64_t count) { return (count + 1) / 2; }
+
   static Floats widen(const uint8_t* from) {
     // Each byte alone in 64 bits, then its high half moved into the upper 32 of them.
     typedef uint64_t Wide __attribute__((vector_size(kLanes * 4)));
@@ -144,22 +212,45 @@ struct E2M1 {
     typedef uint8_t Pairs __attribute__((vector_size(kLanes / 2)));
     const Wide pairs = __builtin_convertvector(read<Pairs>(from), Wide);
 #endif
-    return number(as<Ints>((pairs | pairs << 28) & 0x0000000f0000000f));
+    return number(as<Words>(pairs | pairs << 28));
+  }
+
+  // As many bytes as lanes: their even numbers, and their odd ones.
+  static void widen(const uint8_t* from, Floats& even, Floats& odd) {
+    const Words pairs = widen_lanes(read<Bytes>(from));
+    even = number(pairs);
+    odd = number(pairs >> 4);
   }
 
  private:
-  static Floats number(Ints code) {
+  // Of the code in a lane's low four bits, whatever the others are.
+  static Floats number(Words code) {
 #if defined(__AVX512F__)
     const __m512 table = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6);
     return (Floats)_mm512_permutexvar_ps((__m512i)code, table);
 #else
     // Above one half, exponent and mantissa are those of a float of an exponent 126 too small.
-    const Ints magnitude = code & 7, sign = (code & 8) << 28;
+    const Ints magnitude = as<Ints>(code & 7), sign = as<Ints>((code & 8) << 28);
     const Floats large = as<Floats>((magnitude << 22) + (126 << 23)), small = all(0.5f) * __builtin_convertvector(magnitude, Floats);
     return as<Floats>(as<Ints>(choose(magnitude > 1, large, small)) | sign);
 #endif
   }
 };
+
+// The same, which multiplies vectors in which even and odd places of every two vectors are apart.
+struct E2M1Pairs : E2M1 {
+  static constexpr int kStep = 2;
+  static constexpr bool kApart = true;
+};
+
+template <class Format>
+inline void widen(const uint8_t* from, Floats (&to)[Format::kStep]) {
+  if constexpr (Format::kStep == 2) {
+    Format::widen(from, to[0], to[1]);
+  } else {
+    to[0] = Format::widen(from);
+  }
+}
 
 // --- what activations are rounded to
 

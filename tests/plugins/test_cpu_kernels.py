@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,12 @@ from v4export.plugins.moe_experts.op import moe_experts
 from v4export.plugins.sparse_latent_attention.op import sparse_latent_attention
 
 pytestmark = [needs_compiler, pytest.mark.slow]
-HERE = [target for target in cpu.TARGETS if target.needs <= cpu.features()]
+#: AMX's tiles by loops, so that all but their instructions runs on every machine.
+LOOPS = [
+    replace(one, name=f"{one.name}, tiles by loops", options=(*one.options, "-DTILES_BY_LOOPS"))
+    for one in cpu.TARGETS[1:]
+]
+HERE = [target for target in (*cpu.TARGETS, *LOOPS) if target.needs <= cpu.features()]
 
 
 @pytest.mark.parametrize("target", cpu.TARGETS, ids=lambda one: one.name)
@@ -49,14 +55,17 @@ def test_it_compiles_without_a_warning(target: cpu.Target, tmp_path: Path) -> No
 @pytest.mark.parametrize("target", HERE, ids=lambda one: one.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_targets_compute_alike(target: cpu.Target, dtype: torch.dtype) -> None:
-    past = Past.of([300, 7], 2)
-    rows = past.rows(56)
-    arrays = [past.queries(7, 56), past.new(rows), past.held(rows, 301), past.position]
-    args = [*narrow(arrays, dtype), 40, 0.3]
-    wide = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-    compare(run(latent_attention, args, target)[0], latent_attention(*wide), dtype, 4 if dtype == torch.float32 else 2)
-    for form in FORMS:
-        args = arguments(form, (9, 4, 2, 160, 96), dtype)
+    # Few heads and many, few tokens and many, odd widths and whole ones: AMX takes many heads, whole rows as they lie.
+    for new, heads, width, latent in ((2, 7, 56, 40), (2, 19, 64, 48), (21, 16, 72, 65), (9, 33, 32, 32)):
+        past = Past.of([300, 7], new)
+        rows = past.rows(width)
+        arrays = [past.queries(heads, width), past.new(rows), past.held(rows, 301), past.position]
+        args = [*narrow(arrays, dtype), latent, 0.3]
+        wide = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        got = run(latent_attention, args, target)[0]
+        compare(got, latent_attention(*wide), dtype, 4 if dtype == torch.float32 else 2)
+    for form, tokens in ((form, tokens) for form in FORMS for tokens in (9, 70)):
+        args = arguments(form, (tokens, 4, 2, 160, 96), dtype)
         wide = [w.float() if isinstance(w, torch.Tensor) and w.dtype == dtype else w for w in args]
         if form == "plain":
             wide[3:6] = [[w.float() for w in part] for part in args[3:6]]

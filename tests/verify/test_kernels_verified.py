@@ -17,31 +17,33 @@ from v4export.runtime import sessions
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler")]
 
-#: A preset and a precision -> operators that have kernels then, besides Linear.
+#: A preset and a precision -> operators that have kernels then, besides those of every model.
 WHAT = {
     ("tiny-v2-lite", "fp16"): {"MoeExperts", "LatentAttention"},
     ("tiny-v3.2", "bf16"): {"MoeExperts", "SparseLatentAttention", "IndexSelect"},
-    ("tiny-v4", "fp32"): {"MoeExperts", "WindowAttention", "CompressedAttention", "SparseAttention", "IndexSelect"},
+    ("tiny-v4", "fp32"): {
+        "HashRoute", "MoeExperts", "WindowAttention", "CompressedAttention", "SparseAttention", "IndexSelect",
+    },
     ("tiny-v4.1", "bf16"): {
         "MoeExperts", "WindowAttention", "SparseAttention", "IndexSelect", "CandidateSelect", "IndexReselect",
     },
     ("tiny-v4x", "fp32"): {"MoeExperts", "LatentAttention"},
 }  # fmt: skip
-#: By whether the graph computes in 16 bits.
-LINEAR = ({"Linear"}, {"Linear", "HeadLinear"})
+#: In every model, by whether the graph computes in 16 bits.
+ALL = ({"Linear", "MoeRoute", "SwiGlu"}, {"Linear", "HeadLinear", "MoeRoute", "RmsNorm", "Round", "Sum", "SwiGlu"})
 
 
 @pytest.mark.parametrize(("preset", "precision"), WHAT)
 def test_random_models(random_bundle: Callable[[str, str], Bundle], preset: str, precision: str) -> None:
     bundle = random_bundle(preset, precision)
-    assert kernels_of(bundle) == WHAT[preset, precision] | LINEAR[precision != "fp32"]
+    assert kernels_of(bundle) == WHAT[preset, precision] | ALL[precision != "fp32"]
     check(bundle)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8", "mxfp8", "mxfp4", "nvfp4"])
 def test_formats(exported: Callable[[str], Bundle], precision: str) -> None:
     bundle = exported(precision)
-    assert kernels_of(bundle) == {"LatentAttention", "MoeExperts"} | LINEAR[precision != "fp32"]
+    assert kernels_of(bundle) == {"LatentAttention", "MoeExperts"} | ALL[precision != "fp32"]
     check(bundle)
 
 

@@ -1,0 +1,313 @@
+// Products of bfloat16 matrices by AMX: 16 x 16 sums take up the products of 16 x 32 and 32 x 16 numbers at once. Products are
+// exact and sums are float32, as those of vectors are, in another order.
+//
+// The left side are `Lines`, rows one behind the other; the right side are `Pairs`: panels of 16 columns, in which two numbers
+// that follow each other in a column lie side by side.
+#pragma once
+
+#include "products.hpp"
+
+#include <vector>
+
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace amx {
+
+constexpr int kSide = 16;     // rows and columns of a tile of sums
+constexpr int kDepth = 32;    // numbers that an instruction sums over
+constexpr int kBlock = 32;    // rows and columns that share what they load: two tiles
+constexpr int64_t kWorth = 8;  // vectors from which on packing them pays
+
+inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
+
+struct alignas(64) Line {
+  uint16_t numbers[kDepth];
+};
+
+// Lines of bfloat16 numbers, as many of each as instructions need, wherever they are.
+struct Left {
+  const uint16_t* first;
+  int64_t stride, depth;  // numbers from a line to the next, and of a line
+
+  const uint16_t* operator[](int64_t line) const { return first + line * stride; }
+};
+
+// Such lines, to be written.
+class Lines {
+ public:
+  int64_t depth = 0;
+
+  void resize(int64_t count, int64_t width) {
+    depth = whole(width, kDepth);
+    all_.resize(count * depth / kDepth);
+  }
+  uint16_t* operator[](int64_t line) { return all_.data()->numbers + line * depth; }
+  operator Left() const { return {all_.data()->numbers, depth, depth}; }
+
+ private:
+  std::vector<Line> all_;
+};
+
+// Panels of 16 columns: [depth / 2][16][2].
+class Pairs {
+ public:
+  int64_t columns = 0, depth = 0;
+
+  void resize(int64_t columns, int64_t width) {
+    this->columns = columns;
+    depth = whole(width, kDepth);
+    all_.resize(panels() * depth / 2);
+  }
+  int64_t panels() const { return (columns + kSide - 1) / kSide; }
+  uint16_t* panel(int64_t number) { return all_.data()->numbers + number * depth * kSide; }
+  const uint16_t* panel(int64_t number) const { return all_.data()->numbers + number * depth * kSide; }
+
+ private:
+  std::vector<Line> all_;
+};
+
+#if defined(__AMX_BF16__)
+
+// Whether the system lets this process use tiles, for which it has to be asked once.
+inline bool ready() {
+  static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+  return granted;
+}
+
+// This thread's tiles, as long as it lives. Others' code may have left them in another shape.
+struct Tiles {
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shape;
+    _tile_loadconfig(&shape);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+};
+
+template <int R, int C>
+inline void block(const uint16_t* lines, int64_t line, const uint16_t* pairs, int64_t panel, int64_t depth, float* to,
+                  int64_t stride, bool add) {
+  const int64_t apart = stride * sizeof(float), along = line * sizeof(uint16_t);
+  asm volatile("" ::: "memory");  // loads of tiles do not say that they read memory
+  if (add) {
+    _tile_loadd(0, to, apart);
+    if (R > 1) _tile_loadd(1, to + kSide * stride, apart);
+    if (C > 1) _tile_loadd(2, to + kSide, apart);
+    if (R > 1 && C > 1) _tile_loadd(3, to + kSide * stride + kSide, apart);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    _tile_loadd(4, lines + k, along);
+    _tile_loadd(6, pairs + k * kSide, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (R > 1) {
+      _tile_loadd(5, lines + kSide * line + k, along);
+      _tile_dpbf16ps(1, 5, 6);
+    }
+    if (C > 1) {
+      _tile_loadd(7, pairs + panel + k * kSide, 64);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, to, apart);
+  if (R > 1) _tile_stored(1, to + kSide * stride, apart);
+  if (C > 1) _tile_stored(2, to + kSide, apart);
+  if (R > 1 && C > 1) _tile_stored(3, to + kSide * stride + kSide, apart);
+}
+
+#else
+
+// Tiles by loops, for tests on machines that have none.
+inline bool ready() {
+#if defined(TILES_BY_LOOPS)
+  return true;
+#else
+  return false;
+#endif
+}
+
+struct Tiles {
+  Tiles() {}
+};
+
+template <int R, int C>
+inline void block(const uint16_t* lines, int64_t line, const uint16_t* pairs, int64_t panel, int64_t depth, float* to,
+                  int64_t stride, bool add) {
+  const auto wide = [](uint16_t number) { return as<float>(uint32_t{number} << 16); };
+  for (int r = 0; r < R * kSide; r++)
+    for (int c = 0; c < C * kSide; c++) {
+      float sum = add ? to[r * stride + c] : 0;
+      const uint16_t* column = pairs + c / kSide * panel + 2 * (c % kSide);
+      for (int64_t k = 0; k < depth; k++) sum += wide(lines[r * line + k]) * wide(column[k / 2 * 2 * kSide + k % 2]);
+      to[r * stride + c] = sum;
+    }
+}
+
+#endif
+
+// to [rows, columns] = or += lines times pairs, of at most 32 rows and columns, in whole tiles. Strides are of numbers.
+inline void block(int64_t rows, int64_t columns, const uint16_t* lines, int64_t line, const uint16_t* pairs, int64_t panel,
+                  int64_t depth, float* to, int64_t stride, bool add) {
+  if (rows > kSide)
+    return columns > kSide ? block<2, 2>(lines, line, pairs, panel, depth, to, stride, add)
+                           : block<2, 1>(lines, line, pairs, panel, depth, to, stride, add);
+  return columns > kSide ? block<1, 2>(lines, line, pairs, panel, depth, to, stride, add)
+                         : block<1, 1>(lines, line, pairs, panel, depth, to, stride, add);
+}
+
+using Square = uint32_t[kSide][kSide];
+
+// Rows and columns change places.
+inline void transpose(Square& rows) {
+#if defined(__AVX512F__)
+  __m512i a[kSide], b[kSide];
+  std::memcpy(a, rows, sizeof a);
+  for (int i = 0; i < kSide; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < kSide; i += 4)
+    for (int j = 0; j < 2; j++) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  // Quarters of vectors, which instructions move whole, are columns of 4 rows now: 0x88 takes the even ones, 0xdd the odd.
+  for (int i = 0; i < 4; i++) {
+    const __m512i even[] = {_mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88)};
+    const __m512i odd[] = {_mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd), _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd)};
+    b[i] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+    b[i + 8] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+    b[i + 12] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+  }
+  std::memcpy(rows, b, sizeof b);
+#else
+  for (int i = 0; i < kSide; i++)
+    for (int j = 0; j < i; j++) std::swap(rows[i][j], rows[j][i]);
+#endif
+}
+
+inline Halves narrow(Floats value) { return narrow_lanes(as<Words>(to_bfloat16(value)) >> 16); }
+
+inline void store_narrow(uint16_t* to, Floats value, int64_t count = kLanes) {
+  const Halves halves = narrow(value);
+  if (count == kLanes) return void(std::memcpy(to, &halves, sizeof halves));
+  std::memcpy(to, &halves, count * sizeof(uint16_t));
+}
+
+// A vector as a line, zeros behind it.
+inline void narrow(const float* from, int64_t count, uint16_t* to, int64_t depth) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_narrow(to + i, load(from + i));
+  if (i < count) store_narrow(to + i, load_first(from + i, static_cast<int>(count - i)), count - i);
+  std::fill(to + count, to + depth, 0);
+}
+
+// Vectors [width] as the columns of a panel.
+inline void pack(Pairs& to, const float* const* vectors, int64_t width, int64_t panel) {
+  const int64_t some = std::min<int64_t>(kSide, to.columns - panel * kSide);
+  for (int64_t k = 0; k < to.depth; k += kDepth) {
+    Square square = {};
+    for (int64_t c = 0; c < some; c++)
+      narrow(vectors[panel * kSide + c] + k, std::min<int64_t>(kDepth, width - k), reinterpret_cast<uint16_t*>(square[c]), kDepth);
+    transpose(square);
+    std::memcpy(to.panel(panel) + k * kSide, square, sizeof square);
+  }
+}
+
+// A row of a matrix as a line, times its multipliers and rounded as a graph does that multiplies first.
+template <class Format>
+void widen(const Matrix& m, int64_t row, uint16_t* to, int64_t depth) {
+  const int64_t block = Format::kScaled ? m.block : m.width;
+  std::fill(to + m.width / kDepth * kDepth, to + depth, 0);
+  for (int64_t begin = 0, number = 0; begin < m.width; begin += block, number++) {
+    const int64_t end = std::min(begin + block, m.width);
+    const float scale = Format::kScaled ? m.multipliers[row][number] * Format::kUnit : 1;
+    int64_t k = begin;
+    for (; k + kLanes <= end; k += kLanes) store_narrow(to + k, Format::widen(m.rows[row] + Format::bytes(k)) * scale);
+    if (k == end) continue;
+    uint8_t last[kLanes * 4] = {};
+    std::memcpy(last, m.rows[row] + Format::bytes(k), Format::bytes(end - k));
+    store_narrow(to + k, Format::widen(last) * scale, end - k);
+  }
+}
+
+template <>
+inline void widen<Bfloat16>(const Matrix& m, int64_t row, uint16_t* to, int64_t depth) {
+  std::memcpy(to, m.rows[row], m.width * sizeof(uint16_t));
+  std::fill(to + m.width, to + depth, 0);
+}
+
+// out[c * stride + n] = sum of line_n times the pairs' column c
+inline void products(const Left& lines, int64_t count, const Pairs& pairs, float* out, int64_t stride) {
+  for (int64_t n = 0; n < count; n += kBlock)
+    for (int64_t c = 0; c < pairs.columns; c += kBlock) {
+      const int64_t rows = std::min<int64_t>(kBlock, count - n), columns = std::min<int64_t>(kBlock, pairs.columns - c);
+      alignas(64) float sums[kBlock * kBlock];
+      block(rows, columns, lines[n], lines.stride, pairs.panel(c / kSide), pairs.depth * kSide, lines.depth, sums, kBlock, false);
+      for (int64_t i = 0; i < rows; i += kSide)
+        for (int64_t j = 0; j < columns; j += kSide) {
+          Square tile;
+          for (int r = 0; r < kSide; r++) std::memcpy(tile[r], sums + (i + r) * kBlock + j, sizeof tile[r]);
+          transpose(tile);
+          for (int64_t l = 0; l < std::min<int64_t>(kSide, columns - j); l++)
+            std::memcpy(out + (c + j + l) * stride + n + i, tile[l], std::min<int64_t>(kSide, rows - i) * sizeof(float));
+        }
+    }
+}
+
+// out[c * stride + n] for rows first <= n < last, as `products` of vectors.
+template <class Format>
+void products(const Matrix& m, int64_t first, int64_t last, const Pairs& vectors, float* out, int64_t stride) {
+  thread_local Lines lines;
+  lines.resize(kBlock, m.width);
+  const Tiles tiles;
+  for (int64_t n = first; n < last; n += kBlock) {
+    const int64_t some = std::min<int64_t>(kBlock, last - n);
+    for (int64_t r = 0; r < some; r++) widen<Format>(m, n + r, lines[r], lines.depth);
+    products(lines, some, vectors, out + n, stride);
+  }
+}
+
+// `count` lines as pairs that run across them, so that lines are what is summed over; zeros follow the last. What lies
+// `ahead` lines further is fetched meanwhile.
+inline void across(Pairs& to, const Left& lines, int64_t count, int64_t columns, int64_t ahead = 0) {
+  to.resize(columns, count);
+  for (int64_t t = 0; t < to.depth; t += 2) {
+    for (int64_t c = 0; ahead && c < 2 * lines.stride; c += kDepth) __builtin_prefetch(lines[t + ahead] + c);
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const auto of = [&](int64_t line) {
+        return line < count ? widen_lanes(read<Halves>(lines[line] + c)) : Words{};
+      };
+      const Words both = of(t) | of(t + 1) << 16;
+      std::memcpy(to.panel(c / kSide) + t * kSide + 2 * (c % kSide), &both, sizeof both);
+    }
+  }
+}
+
+// to[r * stride + c] += sum of line_r times the pairs' column c; `to` has whole tiles.
+inline void add(const Left& lines, int64_t rows, const Pairs& pairs, float* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; r += kBlock)
+    for (int64_t c = 0; c < pairs.columns; c += kBlock)
+      block(rows - r, pairs.columns - c, lines[r], lines.stride, pairs.panel(c / kSide), pairs.depth * kSide, pairs.depth,
+            to + r * stride + c, stride, true);
+}
+
+// Whether so many vectors, rounded to a type, are worth their packing.
+inline bool take(Rounding activations, int64_t vectors) {
+  return activations == Rounding::kBfloat16 && vectors >= kWorth && ready();
+}
+
+}  // namespace amx

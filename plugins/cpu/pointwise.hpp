@@ -1,0 +1,141 @@
+// What a graph does with numbers one by one, or row by row, and rounds: one node for what are three and more without.
+#pragma once
+
+#include <cmath>
+
+#include "stored.hpp"
+
+namespace pointwise {
+
+constexpr int64_t kShare = 1 << 14;  // numbers worth a task
+
+inline int64_t count_of(const ort::Shape& shape) {
+  int64_t count = 1;
+  for (int64_t dim : shape.dims) count *= dim;
+  return count;
+}
+
+// to[i] = number(i, how many) for a vector of numbers from i on
+template <class Number>
+void each(const ort::Context* context, int64_t count, float* to, const Number& number) {
+  ort::parallel(context, (count + kShare - 1) / kShare, [&](size_t part) {
+    const int64_t end = std::min<int64_t>((part + 1) * kShare, count);
+    for (int64_t i = part * kShare; i < end; i += kLanes) {
+      const int some = static_cast<int>(std::min<int64_t>(kLanes, end - i));
+      store_first(to + i, number(i, some), some);
+    }
+  });
+}
+
+}  // namespace pointwise
+
+// v4::Round: x float32 -> the nearest numbers of a type.
+class Round {
+ public:
+  static constexpr const char* kName = "Round";
+  static constexpr ort::Type kOutputs[] = {ort::kFloat};
+
+  explicit Round(const ort::Info* info) : rounding_(rounding_of(ort::text(info, "activations"))) {}
+
+  void compute(ort::Context* context) {
+    const ort::Shape shape(ort::input(context, 0));
+    const float* x = ort::data<float>(context, 0);
+    float* y = ort::output<float>(context, 0, shape.dims);
+    pointwise::each(context, pointwise::count_of(shape), y, [&](int64_t i, int some) { return rounded(load_first(x + i, some), rounding_); });
+  }
+
+ private:
+  Rounding rounding_;
+};
+
+// v4::Sum: a, b float32 of one shape -> a + b, rounded.
+class Sum {
+ public:
+  static constexpr const char* kName = "Sum";
+  static constexpr ort::Type kOutputs[] = {ort::kFloat};
+
+  explicit Sum(const ort::Info* info) : rounding_(rounding_of(ort::text(info, "activations"))) {}
+
+  void compute(ort::Context* context) {
+    const ort::Shape shape(ort::input(context, 0));
+    if (shape.dims != ort::Shape(ort::input(context, 1)).dims) throw std::invalid_argument("a sum of two shapes");
+    const float *a = ort::data<float>(context, 0), *b = ort::data<float>(context, 1);
+    float* y = ort::output<float>(context, 0, shape.dims);
+    pointwise::each(context, pointwise::count_of(shape), y, [&](int64_t i, int some) {
+      return rounded(load_first(a + i, some) + load_first(b + i, some), rounding_);
+    });
+  }
+
+ private:
+  Rounding rounding_;
+};
+
+// v4::RmsNorm: x float32 [.., D], weight [D] as stored -> x / sqrt(mean(x^2) + epsilon) * weight, rounded.
+class RmsNorm {
+ public:
+  static constexpr const char* kName = "RmsNorm";
+  static constexpr ort::Type kOutputs[] = {ort::kFloat};
+
+  explicit RmsNorm(const ort::Info* info)
+      : epsilon_(ort::real(info, "epsilon")), rounding_(rounding_of(ort::text(info, "activations"))) {}
+
+  void compute(ort::Context* context) {
+    const ort::Shape shape(ort::input(context, 0));
+    const int64_t width = shape.dims.back(), rows = width ? pointwise::count_of(shape) / width : 0;
+    const int64_t some = std::max<int64_t>(1, pointwise::kShare / std::max<int64_t>(width, 1));
+    const std::vector<float> weight = numbers(ort::input(context, 1));
+    const float* x = ort::data<float>(context, 0);
+    float* y = ort::output<float>(context, 0, shape.dims);
+    ort::parallel(context, (rows + some - 1) / some, [&](size_t part) {
+      for (int64_t row = part * some; row < std::min<int64_t>((part + 1) * some, rows); row++)
+        norm(x + row * width, weight.data(), width, y + row * width);
+    });
+  }
+
+ private:
+  void norm(const float* x, const float* weight, int64_t width, float* y) const {
+    Floats squares{};
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const Floats value = load_first(x + d, static_cast<int>(std::min<int64_t>(kLanes, width - d)));
+      squares += value * value;
+    }
+    const float factor = 1 / std::sqrt(sum(squares) / width + epsilon_);
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const int some = static_cast<int>(std::min<int64_t>(kLanes, width - d));
+      store_first(y + d, rounded(load_first(x + d, some) * factor * load_first(weight + d, some), rounding_), some);
+    }
+  }
+
+  float epsilon_;
+  Rounding rounding_;
+};
+
+// silu(gate) * up, both cut off at a limit if that is above zero.
+inline Floats swiglu(Floats gate, Floats up, float limit) {
+  if (limit > 0) {
+    gate = least(gate, all(limit));
+    up = most(least(up, all(limit)), all(-limit));
+  }
+  return gate / (1.0f + exp(-gate)) * up;
+}
+
+// v4::SwiGlu: gate, up float32 of one shape -> silu(gate) * up, rounded.
+class SwiGlu {
+ public:
+  static constexpr const char* kName = "SwiGlu";
+  static constexpr ort::Type kOutputs[] = {ort::kFloat};
+
+  explicit SwiGlu(const ort::Info* info) : rounding_(rounding_of(ort::text(info, "activations"))) {}
+
+  void compute(ort::Context* context) {
+    const ort::Shape shape(ort::input(context, 0));
+    const float *gate = ort::data<float>(context, 0), *up = ort::data<float>(context, 1);
+    float* y = ort::output<float>(context, 0, shape.dims);
+    pointwise::each(context, pointwise::count_of(shape), y, [&](int64_t i, int some) {
+      return rounded(swiglu(load_first(gate + i, some), load_first(up + i, some), 0), rounding_);
+    });
+  }
+
+ private:
+  Rounding rounding_;
+};

@@ -30,6 +30,8 @@ from v4export.plugins.kernels.nodes import NAMESPACE
 #: Operators of which a body can stand in a graph once only, unless it is put in place.
 _NAMED = (INT4_DEQUANTIZE, "QuantizeLinear", "DequantizeLinear")
 _PACKED = (ir.DataType.FLOAT4E2M1, ir.DataType.INT4)
+#: Letters of sizes that are not the same wherever they stand.
+COUNTS = ("K", "N")
 
 
 def lower_for_cpu(path: Path, repacking: Repacking | None = None, base: Path | None = None) -> ir.Model:
@@ -129,9 +131,22 @@ def _narrow(model: ir.Model) -> bool:
     return any(output.dtype in NARROW for node in model.graph for output in node.outputs)
 
 
+def _forget_counts(model: ir.Model) -> None:
+    """Take their letters from the numbers of rows and blocks that indexers select, which differ from layer to layer.
+
+    onnxruntime takes sizes of one name for equal, and hands one layer's memory on to another's result.
+    """
+    for node in model.graph:
+        for output in node.outputs:
+            dims = output.shape.dims if output.shape is not None else ()
+            if any(isinstance(dim, ir.SymbolicDim) and dim.value in COUNTS for dim in dims):
+                output.shape = ir.Shape([None if getattr(dim, "value", None) in COUNTS else dim for dim in dims])
+
+
 def _carried_in_float32(model: ir.Model, kernels: Collection[str] = ()) -> ir.Model:
     """Where the graph computes in 16 bits: arithmetic in float32, rounded as the graph rounds. Bodies are inlined."""
     common.RemoveUnusedNodesPass()(model)
+    _forget_counts(model)
     if _narrow(model):
         infer_types(model)
         widen(model, kernels)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from v4export import api
-from v4export.graphs.lower import lower_for_kernels
+from v4export.graphs.lower import lower_for_cpu, lower_for_kernels
 from v4export.graphs.passes.cpu_kernels import KERNELS
 from v4export.package.bundle import Bundle
 from v4export.plugins.kernels.emulate import compiler
@@ -66,6 +66,18 @@ def test_a_kernel_that_computes_something_else_is_found(
     found = api.verify(exported("fp32").folder, kernels=True, decode=2)
     assert not found.passed
     assert api.verify(exported("fp32").folder, decode=2).passed
+
+
+def test_what_layers_select_has_no_size_in_common(random_bundle: Callable[[str, str], Bundle]) -> None:
+    """Indexers of entries of 2 tokens and of 1 select different numbers; by one name, onnxruntime would take their memory
+    for the same.
+    """
+    path = random_bundle("tiny-v4.1", "bf16").folder / "model.onnx"
+    for lower in (lower_for_cpu, lower_for_kernels):
+        named = {value.name: value.shape for node in lower(path).graph for value in node.outputs if value.shape}
+        selected = [shape[1] for name, shape in named.items() if str(name).startswith(("selected.", "candidates."))]
+        assert len(selected) == 4
+        assert all(isinstance(size, ir.SymbolicDim) and size.value is None for size in selected)
 
 
 def kernels_of(bundle: Bundle) -> set[str]:

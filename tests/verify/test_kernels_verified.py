@@ -69,9 +69,7 @@ def test_a_kernel_that_computes_something_else_is_found(
 
 
 def test_what_layers_select_has_no_size_in_common(random_bundle: Callable[[str, str], Bundle]) -> None:
-    """Indexers of entries of 2 tokens and of 1 select different numbers; by one name, onnxruntime would take their memory
-    for the same.
-    """
+    """Indexers of entries of 2 tokens and of 1 select different numbers, which would be one size by one name."""
     path = random_bundle("tiny-v4.1", "bf16").folder / "model.onnx"
     for lower in (lower_for_cpu, lower_for_kernels):
         named = {value.name: value.shape for node in lower(path).graph for value in node.outputs if value.shape}

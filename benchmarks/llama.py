@@ -13,25 +13,19 @@ CHUNK = 512
 
 
 class Llama:
-    """llama.cpp, with its defaults but for threads: cached rows in float16, flash attention where it has some.
+    """llama.cpp, with its defaults but for threads and the layout of weights: cached rows in float16, flash attention
+    where it has some.
 
     Args:
         model: a GGUF file.
         states: folder in which states of so many tokens are kept, since reading a long prompt takes minutes and what
             cached rows hold does not change what a step costs. Files of other weights of the same shapes serve, too.
         max_seq_len: tokens there is room for.
-        repack: lay weights out for this CPU when they are loaded, which is llama.cpp's default: on a CPU with AMX its
-            graphs of latent attention then end in an assertion, for nothing multiplies what is laid out so.
         exact: keep cached rows in float32 and compute attention without the fused operator.
     """
 
     def __init__(
-        self,
-        model: Path,
-        states: Path | None = None,
-        max_seq_len: int = MAX_SEQ_LEN,
-        exact: bool = False,
-        repack: bool = False,
+        self, model: Path, states: Path | None = None, max_seq_len: int = MAX_SEQ_LEN, exact: bool = False
     ) -> None:
         import llama_cpp
 
@@ -40,7 +34,8 @@ class Llama:
         llama_cpp.llama_log_set(self._quiet, None)
         llama_cpp.llama_backend_init()
         given = llama_cpp.llama_model_default_params()
-        given.use_extra_bufts = repack
+        # Laid out anew for a CPU with AMX, as is the default, heads' own matrices end the process in an assertion.
+        given.use_extra_bufts = False
         self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), given)
         if not self._model:
             raise RuntimeError(f"llama.cpp does not load {model}")

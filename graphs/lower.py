@@ -31,7 +31,7 @@ from v4export.plugins.kernels.nodes import NAMESPACE
 _NAMED = (INT4_DEQUANTIZE, "QuantizeLinear", "DequantizeLinear")
 _PACKED = (ir.DataType.FLOAT4E2M1, ir.DataType.INT4)
 #: Letters of sizes that are not the same wherever they stand.
-COUNTS = ("K", "N")
+_COUNTS = ("K", "N")
 
 
 def lower_for_cpu(path: Path, repacking: Repacking | None = None, base: Path | None = None) -> ir.Model:
@@ -139,8 +139,8 @@ def _forget_counts(model: ir.Model) -> None:
     for node in model.graph:
         for output in node.outputs:
             dims = output.shape.dims if output.shape is not None else ()
-            if any(isinstance(dim, ir.SymbolicDim) and dim.value in COUNTS for dim in dims):
-                output.shape = ir.Shape([None if getattr(dim, "value", None) in COUNTS else dim for dim in dims])
+            if any(isinstance(dim, ir.SymbolicDim) and dim.value in _COUNTS for dim in dims):
+                output.shape = ir.Shape([None if getattr(dim, "value", None) in _COUNTS else dim for dim in dims])
 
 
 def _carried_in_float32(model: ir.Model, kernels: Collection[str] = ()) -> ir.Model:

@@ -5,9 +5,9 @@
 // that follow each other in a column lie side by side.
 #pragma once
 
-#include "products.hpp"
-
 #include <vector>
+
+#include "products.hpp"
 
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
@@ -225,6 +225,12 @@ inline void pack(Pairs& to, const float* const* vectors, int64_t width, int64_t 
     transpose(square);
     std::memcpy(to.panel(panel) + k * kSide, square, sizeof square);
   }
+}
+
+// All panels.
+inline void pack(Pairs& to, const std::vector<const float*>& vectors, int64_t width) {
+  to.resize(vectors.size(), width);
+  for (int64_t panel = 0; panel < to.panels(); panel++) pack(to, vectors.data(), width, panel);
 }
 
 // A row of a matrix as a line, times its multipliers and rounded as a graph does that multiplies first.

@@ -48,11 +48,6 @@ struct Queries {
   amx::Pairs pairs;           // the same for AMX
 
   int64_t count() const { return each.size(); }
-
-  void pack() {
-    pairs.resize(count(), width);
-    for (int64_t panel = 0; panel < pairs.panels(); panel++) amx::pack(pairs, each.data(), width, panel);
-  }
 };
 
 // Sums of some rows, not yet divided: z[h] of `stride` columns, and each head's greatest score and sum of exponentials.
@@ -245,7 +240,7 @@ class Attention {
         queries.each.push_back(from + (task.token * heads + h) * width);
         queries.seen.push_back(last - (task.count - 1 - h / heads));
       }
-      if (tiles) queries.pack();
+      if (tiles) amx::pack(queries.pairs, queries.each, width);
       Partial& partial = split ? partials[i] : own[0];
       partial.clear(queries);
       add_rows(spans, task.first, std::min(task.last, last), queries, partial);

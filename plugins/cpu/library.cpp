@@ -16,7 +16,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
       ort::check(ort::call<ort::Status*>(26, "v4", &made));
       for (const ort::CustomOp* op :
            {ort::op<Linear>(), ort::op<HeadLinear>(), ort::op<MoeExperts>(), ort::op<MoeRoute>(), ort::op<HashRoute>(),
-            ort::op<Round>(), ort::op<Sum>(), ort::op<RmsNorm>(), ort::op<SwiGlu>(), ort::op<IndexSelect>(),
+            ort::op<Pointwise<Rounds>>(), ort::op<Pointwise<Adds>>(), ort::op<Pointwise<Gates>>(), ort::op<RmsNorm>(), ort::op<IndexSelect>(),
             ort::op<CandidateSelect>(), ort::op<IndexReselect>(), ort::op<Attention<LatentRows>>(),
             ort::op<Attention<SparseLatentRows>>(), ort::op<Attention<WindowRows>>(), ort::op<Attention<CompressedRows>>(),
             ort::op<Attention<SparseRows>>()})

@@ -88,10 +88,7 @@ class HeadLinear {
         (tiles ? add_tiles : add)(w, first, count_, vectors, z.data(), stride);
       } else {
         thread_local amx::Pairs pairs;
-        if (tiles) {
-          pairs.resize(tokens, in);
-          for (int64_t panel = 0; panel < pairs.panels(); panel++) amx::pack(pairs, vectors.data(), in, panel);
-        }
+        if (tiles) amx::pack(pairs, vectors, in);
         multiply(w, first, first + count_, {vectors.data(), tokens, tiles ? &pairs : nullptr}, z.data() - first, stride);
       }
       for (int64_t m = 0; m < tokens; m++)

@@ -29,40 +29,55 @@ void each(const ort::Context* context, int64_t count, float* to, const Number& n
 
 }  // namespace pointwise
 
-// v4::Round: x float32 -> the nearest numbers of a type.
-class Round {
- public:
-  static constexpr const char* kName = "Round";
-  static constexpr ort::Type kOutputs[] = {ort::kFloat};
-
-  explicit Round(const ort::Info* info) : rounding_(rounding_of(ort::text(info, "activations"))) {}
-
-  void compute(ort::Context* context) {
-    const ort::Shape shape(ort::input(context, 0));
-    const float* x = ort::data<float>(context, 0);
-    float* y = ort::output<float>(context, 0, shape.dims);
-    pointwise::each(context, pointwise::count_of(shape), y, [&](int64_t i, int some) { return rounded(load_first(x + i, some), rounding_); });
+// silu(gate) * up, both cut off at a limit if that is above zero.
+inline Floats swiglu(Floats gate, Floats up, float limit) {
+  if (limit > 0) {
+    gate = least(gate, all(limit));
+    up = most(least(up, all(limit)), all(-limit));
   }
+  return gate / (1.0f + exp(-gate)) * up;
+}
 
- private:
-  Rounding rounding_;
+// What an operator has to say: its name, how many inputs of one shape it has, and a vector of results from one of each.
+struct Rounds {
+  static constexpr const char* kName = "Round";
+  static constexpr int kInputs = 1;
+  static Floats result(const Floats (&x)[1]) { return x[0]; }
 };
 
-// v4::Sum: a, b float32 of one shape -> a + b, rounded.
-class Sum {
- public:
+struct Adds {
   static constexpr const char* kName = "Sum";
+  static constexpr int kInputs = 2;
+  static Floats result(const Floats (&x)[2]) { return x[0] + x[1]; }
+};
+
+struct Gates {
+  static constexpr const char* kName = "SwiGlu";
+  static constexpr int kInputs = 2;
+  static Floats result(const Floats (&x)[2]) { return swiglu(x[0], x[1], 0); }
+};
+
+// v4::Round, v4::Sum, v4::SwiGlu: inputs float32 of one shape -> what the operator says, rounded.
+template <class Op>
+class Pointwise {
+ public:
+  static constexpr const char* kName = Op::kName;
   static constexpr ort::Type kOutputs[] = {ort::kFloat};
 
-  explicit Sum(const ort::Info* info) : rounding_(rounding_of(ort::text(info, "activations"))) {}
+  explicit Pointwise(const ort::Info* info) : rounding_(rounding_of(ort::text(info, "activations"))) {}
 
   void compute(ort::Context* context) {
     const ort::Shape shape(ort::input(context, 0));
-    if (shape.dims != ort::Shape(ort::input(context, 1)).dims) throw std::invalid_argument("a sum of two shapes");
-    const float *a = ort::data<float>(context, 0), *b = ort::data<float>(context, 1);
+    const float* from[Op::kInputs];
+    for (int i = 0; i < Op::kInputs; i++) {
+      if (ort::Shape(ort::input(context, i)).dims != shape.dims) throw std::invalid_argument(std::string(kName) + ": inputs of two shapes");
+      from[i] = ort::data<float>(context, i);
+    }
     float* y = ort::output<float>(context, 0, shape.dims);
-    pointwise::each(context, pointwise::count_of(shape), y, [&](int64_t i, int some) {
-      return rounded(load_first(a + i, some) + load_first(b + i, some), rounding_);
+    pointwise::each(context, pointwise::count_of(shape), y, [&](int64_t at, int some) {
+      Floats x[Op::kInputs];
+      for (int i = 0; i < Op::kInputs; i++) x[i] = load_first(from[i] + at, some);
+      return rounded(Op::result(x), rounding_);
     });
   }
 
@@ -107,35 +122,5 @@ class RmsNorm {
   }
 
   float epsilon_;
-  Rounding rounding_;
-};
-
-// silu(gate) * up, both cut off at a limit if that is above zero.
-inline Floats swiglu(Floats gate, Floats up, float limit) {
-  if (limit > 0) {
-    gate = least(gate, all(limit));
-    up = most(least(up, all(limit)), all(-limit));
-  }
-  return gate / (1.0f + exp(-gate)) * up;
-}
-
-// v4::SwiGlu: gate, up float32 of one shape -> silu(gate) * up, rounded.
-class SwiGlu {
- public:
-  static constexpr const char* kName = "SwiGlu";
-  static constexpr ort::Type kOutputs[] = {ort::kFloat};
-
-  explicit SwiGlu(const ort::Info* info) : rounding_(rounding_of(ort::text(info, "activations"))) {}
-
-  void compute(ort::Context* context) {
-    const ort::Shape shape(ort::input(context, 0));
-    const float *gate = ort::data<float>(context, 0), *up = ort::data<float>(context, 1);
-    float* y = ort::output<float>(context, 0, shape.dims);
-    pointwise::each(context, pointwise::count_of(shape), y, [&](int64_t i, int some) {
-      return rounded(swiglu(load_first(gate + i, some), load_first(up + i, some), 0), rounding_);
-    });
-  }
-
- private:
   Rounding rounding_;
 };

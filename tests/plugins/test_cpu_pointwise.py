@@ -44,9 +44,10 @@ def test_they_are_pytorchs(shape: tuple[int, int], activations: str, target: cpu
         assert torch.equal(got, got.to(dtype).float()), op
 
 
-def test_sums_of_two_shapes_are_an_error() -> None:
-    with pytest.raises(Exception, match="a sum of two shapes"):
-        run("Sum", (torch.zeros(2, 3), torch.zeros(1, 3)), {"activations": ""}, HERE[0])
+@pytest.mark.parametrize("op", ["Sum", "SwiGlu"])
+def test_inputs_of_two_shapes_are_an_error(op: str) -> None:
+    with pytest.raises(Exception, match=f"{op}: inputs of two shapes"):
+        run(op, (torch.zeros(2, 3), torch.zeros(1, 3)), {"activations": ""}, HERE[0])
 
 
 def test_what_is_taken() -> None:

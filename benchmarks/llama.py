@@ -34,7 +34,7 @@ class Llama:
         llama_cpp.llama_log_set(self._quiet, None)
         llama_cpp.llama_backend_init()
         given = llama_cpp.llama_model_default_params()
-        # Laid out anew for a CPU with AMX, as is the default, heads' own matrices end the process in an assertion.
+        # Weights laid out anew, which is the default, end the process in an assertion on a CPU with AMX.
         given.use_extra_bufts = False
         self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), given)
         if not self._model:

@@ -18,6 +18,7 @@ from v4export.graphs.passes.nbits_experts import nbits_experts
 from v4export.graphs.passes.nbits_linear import nbits_linear
 from v4export.graphs.passes.plugin_kernels import plugin_kernels
 from v4export.graphs.passes.pointwise import fuse_pointwise, fuse_rounding
+from v4export.graphs.passes.rotate_rows import rotate_rows
 from v4export.graphs.passes.unpack_fp4 import unpack_fp4
 from v4export.graphs.passes.wide_multipliers import Write, wide_multipliers
 from v4export.graphs.passes.widen import NARROW, widen
@@ -64,6 +65,7 @@ def lower_for_kernels(path: Path) -> ir.Model:
     head_linear(model)
     expand_prefill(model)
     fuse_pointwise(model)
+    rotate_rows(model)
     common.InlinePass()(model)
     unpack_fp4(model)
     wide = _carried_in_float32(model, KERNELS)

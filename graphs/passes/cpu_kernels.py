@@ -18,14 +18,17 @@ from v4export.plugins.moe_experts.onnx import input_scales
 LINEAR, HEAD_LINEAR = "Linear", "HeadLinear"
 #: What ``pointwise`` makes of chains of nodes.
 NORM, ROUND, SUM, SWIGLU = "RmsNorm", "Round", "Sum", "SwiGlu"
+#: And ``rotate_rows`` of those around rotary embedding.
+ROTATE = "Rotate"
 #: Operators whose portable nodes kernels take as they are.
 SAME = frozenset(
     (
-        "CandidateSelect", "CompressedAttention", "HashRoute", "IndexReselect", "IndexSelect", "LatentAttention",
-        "MoeRoute", "SparseAttention", "SparseLatentAttention", "WindowAttention",
+        "CandidateSelect", "CompressTokens", "CompressedAttention", "HashRoute", "HyperCoefficients", "HyperConnection",
+        "HyperMix", "IndexReselect", "IndexSelect", "LatentAttention", "MoeRoute", "SparseAttention",
+        "SparseLatentAttention", "WindowAttention",
     )
 )  # fmt: skip
-KERNELS = SAME | {EXPERTS, LINEAR, HEAD_LINEAR, NORM, ROUND, SUM, SWIGLU}
+KERNELS = SAME | {EXPERTS, LINEAR, HEAD_LINEAR, NORM, ROTATE, ROUND, SUM, SWIGLU}
 
 #: What a kernel rounds its result to, by the type that the portable node's has.
 _ROUNDINGS = {ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16"}

@@ -5,19 +5,20 @@ A token's step runs hundreds of nodes that do next to nothing, and each takes mi
 
 from __future__ import annotations
 
+import math
+
 import onnx_ir as ir
 
 from v4export.graphs.passes.cpu_kernels import NORM, ROUND, SUM, SWIGLU, rounding
-from v4export.graphs.passes.neighbours import read_by
-from v4export.graphs.passes.replaced import replace
+from v4export.graphs.passes.neighbours import made_by, read_by
+from v4export.graphs.passes.replaced import replace_by_one
 from v4export.graphs.passes.widen import NARROW
-from v4export.plugins.function_body import DOMAIN, Body
 
 
 def fuse_pointwise(model: ir.Model) -> bool:
     """Rewrite what there is in a graph whose types are those of the portable one; whether there was any.
 
-    Sums and norms of 16 bits, with the rounding of their result; SwiGLU of any type.
+    Sums and norms of 16 bits, with the rounding of their result; SwiGLU and norms without a weight of any type.
     """
     found = False
     for node in list(model.graph):
@@ -33,7 +34,7 @@ def fuse_rounding(model: ir.Model) -> bool:
         back = read_by(node, "Cast") if node.op_type == "Cast" else None
         wide = back is not None and node.inputs[0].dtype == back.outputs[0].dtype == ir.DataType.FLOAT  # type: ignore[union-attr]
         if back is not None and wide and rounding(node):
-            _put(model.graph, ROUND, [node, back], [node.inputs[0]], activations=rounding(node))
+            replace_by_one(model.graph, ROUND, [node, back], [node.inputs[0]], activations=rounding(node))
             found = True
     return found
 
@@ -44,7 +45,7 @@ def _norm(graph: ir.Graph, node: ir.Node) -> bool:
     if not last or node.outputs[0].dtype not in NARROW:
         return False
     epsilon = node.attributes.get_float("epsilon", 1e-5)
-    _put(graph, NORM, [node], node.inputs[:2], epsilon=epsilon, activations=rounding(node))
+    replace_by_one(graph, NORM, [node], node.inputs[:2], epsilon=epsilon, activations=rounding(node))
     return True
 
 
@@ -58,7 +59,25 @@ def _sum(graph: ir.Graph, node: ir.Node) -> bool:
         or any(_known(m) != _known(n) for m, n in zip(a, b, strict=True))
     ):  # type: ignore[arg-type]
         return False
-    _put(graph, SUM, [node], node.inputs, activations=rounding(node))
+    replace_by_one(graph, SUM, [node], node.inputs, activations=rounding(node))
+    return True
+
+
+def _norm_alone(graph: ir.Graph, square: ir.Node) -> bool:
+    """x / sqrt(mean(x^2) + epsilon), which has no weight, of any type."""
+    x, power = square.inputs
+    mean = read_by(square, "ReduceMean")
+    shifted = read_by(mean, "Add")
+    root = read_by(shifted, "Sqrt")
+    factor = read_by(root, "Reciprocal")
+    product = read_by(factor, "Mul")
+    chain = [node for node in (square, mean, shifted, root, factor, product) if node is not None]
+    if len(chain) < 6 or x not in chain[-1].inputs or x.dtype != ir.DataType.FLOAT:  # type: ignore[union-attr]
+        return False
+    epsilon = _number(chain[2].inputs[1])
+    if _number(power) != 2 or _number(chain[1].inputs[1]) != -1 or math.isnan(epsilon):
+        return False
+    _finish(graph, NORM, chain, [x], epsilon=epsilon)
     return True
 
 
@@ -70,24 +89,47 @@ def _swiglu(graph: ir.Graph, sigmoid: ir.Node) -> bool:
     up = next((value for value in product.inputs if value is not silu.outputs[0]), None)
     if up is None or up.shape is None or up.shape != gate.shape:  # type: ignore[union-attr]
         return False
-    old = [sigmoid, silu, product]
-    narrow = read_by(product, "Cast")
-    if narrow is not None and rounding(narrow):
-        old.append(narrow)
-    _put(graph, SWIGLU, old, [gate, up], activations=rounding(old[-1]))
+    clips = [made_by(gate, "Clip"), made_by(up, "Clip")]
+    limit = _limit(*clips)
+    cut = [clip for clip in clips if clip is not None and limit]
+    if cut:
+        gate, up = (clip.inputs[0] for clip in cut)
+    _finish(graph, SWIGLU, [*cut, sigmoid, silu, product], [gate, up], limit=limit)
     return True
 
 
-_FUSED = {"RMSNormalization": _norm, "Add": _sum, "Sigmoid": _swiglu}
+def _limit(gate: ir.Node | None, up: ir.Node | None) -> float:
+    """What a gate is cut off above, and the other factor on both sides; 0 if they are not."""
+    if gate is None or up is None or len(gate.outputs[0].uses()) != 2 or len(up.outputs[0].uses()) != 1:
+        return 0.0
+    (low, high), (below, above) = (_bounds(clip) for clip in (gate, up))
+    return high if low == -math.inf and below == -high < 0 and above == high else 0.0
+
+
+def _bounds(clip: ir.Node) -> tuple[float, float]:
+    """Of a Clip; not numbers where they are computed."""
+    low, high = [*clip.inputs[1:], None, None][:2]
+    return (-math.inf if low is None else _number(low), math.inf if high is None else _number(high))
+
+
+def _finish(
+    graph: ir.Graph, op_type: str, old: list[ir.Node], inputs: list[ir.Value | None], **attributes: float
+) -> None:
+    """A node in place of some, and of the rounding of their result where that comes next."""
+    narrow = read_by(old[-1], "Cast")
+    if narrow is not None and rounding(narrow):
+        old = [*old, narrow]
+    replace_by_one(graph, op_type, old, inputs, **attributes, activations=rounding(old[-1]))
+
+
+_FUSED = {"RMSNormalization": _norm, "Pow": _norm_alone, "Add": _sum, "Sigmoid": _swiglu}
+
+
+def _number(value: ir.Value | None) -> float:
+    """A constant of one number, and not a number where it is none."""
+    found = ir.convenience.get_const_tensor(value) if value is not None else None
+    return math.nan if found is None or found.size != 1 else float(found.numpy().item())
 
 
 def _known(dim: int | ir.SymbolicDim) -> int | None:
     return dim if isinstance(dim, int) else None
-
-
-def _put(graph: ir.Graph, op_type: str, old: list[ir.Node], inputs, **attributes: object) -> None:  # type: ignore[no-untyped-def]
-    """A node in place of a chain of them, of which the last one's result is the only one read elsewhere."""
-    last = old[-1]
-    body = Body(f"{last.name or last.outputs[0].name}.")
-    y = body.op(op_type, *inputs, domain=DOMAIN, **attributes)
-    replace(graph, last, old, body.nodes, last.outputs, [y])

@@ -44,6 +44,10 @@ def stored_matrix(value: ir.Value | None) -> StoredMatrix | None:
     """What a value is a stored matrix's widened form of, or that matrix itself."""
     if value is None:
         return None
+    cast = made_by(value, "Cast")
+    if cast is not None and value.dtype == ir.DataType.FLOAT:
+        value = cast.inputs[0]
+        assert value is not None
     if value.is_initializer():
         return StoredMatrix((value,)) if value.dtype in STORED else None
     found = _dequantized(value)

@@ -1,8 +1,9 @@
-// Products of bfloat16 matrices by AMX: 16 x 16 sums take up the products of 16 x 32 and 32 x 16 numbers at once. Products are
+// Products of matrices by AMX: 16 x 16 sums take up the products of 16 x 32 and 32 x 16 bfloat16 numbers at once. Products are
 // exact and sums are float32, as those of vectors are, in another order.
 //
 // The left side are `Lines`, rows one behind the other; the right side are `Pairs`: panels of 16 columns, in which two numbers
-// that follow each other in a column lie side by side.
+// that follow each other in a column lie side by side. A float32 number is three bfloat16 ones, parts that add up to it, of
+// which all products are taken but those too small to count.
 #pragma once
 
 #include <vector>
@@ -19,7 +20,9 @@ namespace amx {
 constexpr int kSide = 16;     // rows and columns of a tile of sums
 constexpr int kDepth = 32;    // numbers that an instruction sums over
 constexpr int kBlock = 32;    // rows and columns that share what they load: two tiles
+constexpr int kParts = 3;      // of a float32 number
 constexpr int64_t kWorth = 8;  // vectors from which on packing them pays
+constexpr int64_t kWorthInParts = 32;
 
 inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
@@ -27,10 +30,11 @@ struct alignas(64) Line {
   uint16_t numbers[kDepth];
 };
 
-// Lines of bfloat16 numbers, as many of each as instructions need, wherever they are.
+// Lines of bfloat16 numbers, as many of each as instructions need, wherever they are; parts of a line follow each other.
 struct Left {
   const uint16_t* first;
-  int64_t stride, depth;  // numbers from a line to the next, and of a line
+  int64_t stride, depth;  // numbers from a line to the next, and of a part of a line
+  int parts = 1;
 
   const uint16_t* operator[](int64_t line) const { return first + line * stride; }
 };
@@ -39,35 +43,51 @@ struct Left {
 class Lines {
  public:
   int64_t depth = 0;
+  int parts = 1;
 
-  void resize(int64_t count, int64_t width) {
+  void resize(int64_t count, int64_t width, int parts = 1) {
+    this->parts = parts;
     depth = whole(width, kDepth);
-    all_.resize(count * depth / kDepth);
+    stride_ = (parts * depth / kDepth | 1) * kDepth;
+    all_.resize(count * stride_ / kDepth);
   }
-  uint16_t* operator[](int64_t line) { return all_.data()->numbers + line * depth; }
-  operator Left() const { return {all_.data()->numbers, depth, depth}; }
+  uint16_t* operator[](int64_t line) { return all_.data()->numbers + line * stride_; }
+  operator Left() const { return {all_.data()->numbers, stride_, depth, parts}; }
 
  private:
+  int64_t stride_ = 0;  // an odd number of cache lines, so that 16 of them do not share a few sets of a cache
   std::vector<Line> all_;
 };
 
-// Panels of 16 columns: [depth / 2][16][2].
+// Panels of 16 columns: [parts][depth / 2][16][2].
 class Pairs {
  public:
   int64_t columns = 0, depth = 0;
+  int parts = 1;
 
-  void resize(int64_t columns, int64_t width) {
+  void resize(int64_t columns, int64_t width, int parts = 1) {
     this->columns = columns;
+    this->parts = parts;
     depth = whole(width, kDepth);
-    all_.resize(panels() * depth / 2);
+    all_.resize(panels() * parts * depth / 2);
   }
   int64_t panels() const { return (columns + kSide - 1) / kSide; }
-  uint16_t* panel(int64_t number) { return all_.data()->numbers + number * depth * kSide; }
-  const uint16_t* panel(int64_t number) const { return all_.data()->numbers + number * depth * kSide; }
+  int64_t stride() const { return parts * depth * kSide; }  // from a panel to the next
+  uint16_t* panel(int64_t number) { return all_.data()->numbers + number * stride(); }
+  const uint16_t* panel(int64_t number) const { return all_.data()->numbers + number * stride(); }
 
  private:
   std::vector<Line> all_;
 };
+
+// What a block of sums is made of: numbers, how far the next 16 lines or columns are, and how far their next part is.
+struct Side {
+  const uint16_t* numbers;
+  int64_t next, part;
+};
+
+// Whether products of such parts count: the least are 2^-27 of the whole.
+constexpr bool counts(int left, int right) { return left + right < kParts; }
 
 #if defined(__AMX_BF16__)
 
@@ -91,9 +111,9 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
 };
 
-template <int R, int C>
-inline void block(const uint16_t* lines, int64_t line, const uint16_t* pairs, int64_t panel, int64_t depth, float* to,
-                  int64_t stride, bool add) {
+// R x C tiles of sums, of lines in L parts and pairs in P.
+template <int R, int C, int L, int P>
+void block(const Side& lines, int64_t line, const Side& pairs, int64_t depth, float* to, int64_t stride, bool add) {
   const int64_t apart = stride * sizeof(float), along = line * sizeof(uint16_t);
   asm volatile("" ::: "memory");  // loads of tiles do not say that they read memory
   if (add) {
@@ -107,20 +127,23 @@ inline void block(const uint16_t* lines, int64_t line, const uint16_t* pairs, in
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    _tile_loadd(4, lines + k, along);
-    _tile_loadd(6, pairs + k * kSide, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (R > 1) {
-      _tile_loadd(5, lines + kSide * line + k, along);
-      _tile_dpbf16ps(1, 5, 6);
+  for (int64_t k = 0; k < depth; k += kDepth)
+    for (int i = 0; i < L; i++) {
+      const uint16_t* left = lines.numbers + i * lines.part + k;
+      _tile_loadd(4, left, along);
+      if (R > 1) _tile_loadd(5, left + lines.next, along);
+      for (int j = 0; j < P && counts(i, j); j++) {
+        const uint16_t* right = pairs.numbers + j * pairs.part + k * kSide;
+        _tile_loadd(6, right, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (R > 1) _tile_dpbf16ps(1, 5, 6);
+        if (C > 1) {
+          _tile_loadd(7, right + pairs.next, 64);
+          _tile_dpbf16ps(2, 4, 7);
+        }
+        if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+      }
     }
-    if (C > 1) {
-      _tile_loadd(7, pairs + panel + k * kSide, 64);
-      _tile_dpbf16ps(2, 4, 7);
-    }
-    if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
-  }
   _tile_stored(0, to, apart);
   if (R > 1) _tile_stored(1, to + kSide * stride, apart);
   if (C > 1) _tile_stored(2, to + kSide, apart);
@@ -142,29 +165,36 @@ struct Tiles {
   Tiles() {}
 };
 
-template <int R, int C>
-inline void block(const uint16_t* lines, int64_t line, const uint16_t* pairs, int64_t panel, int64_t depth, float* to,
-                  int64_t stride, bool add) {
+template <int R, int C, int L, int P>
+void block(const Side& lines, int64_t line, const Side& pairs, int64_t depth, float* to, int64_t stride, bool add) {
   const auto wide = [](uint16_t number) { return as<float>(uint32_t{number} << 16); };
   for (int r = 0; r < R * kSide; r++)
     for (int c = 0; c < C * kSide; c++) {
       float sum = add ? to[r * stride + c] : 0;
-      const uint16_t* column = pairs + c / kSide * panel + 2 * (c % kSide);
-      for (int64_t k = 0; k < depth; k++) sum += wide(lines[r * line + k]) * wide(column[k / 2 * 2 * kSide + k % 2]);
+      for (int i = 0; i < L; i++)
+        for (int j = 0; j < P && counts(i, j); j++) {
+          const uint16_t* left = lines.numbers + r / kSide * lines.next + r % kSide * line + i * lines.part;
+          const uint16_t* column = pairs.numbers + c / kSide * pairs.next + j * pairs.part + 2 * (c % kSide);
+          for (int64_t k = 0; k < depth; k++) sum += wide(left[k]) * wide(column[k / 2 * 2 * kSide + k % 2]);
+        }
       to[r * stride + c] = sum;
     }
 }
 
 #endif
 
-// to [rows, columns] = or += lines times pairs, of at most 32 rows and columns, in whole tiles. Strides are of numbers.
-inline void block(int64_t rows, int64_t columns, const uint16_t* lines, int64_t line, const uint16_t* pairs, int64_t panel,
-                  int64_t depth, float* to, int64_t stride, bool add) {
-  if (rows > kSide)
-    return columns > kSide ? block<2, 2>(lines, line, pairs, panel, depth, to, stride, add)
-                           : block<2, 1>(lines, line, pairs, panel, depth, to, stride, add);
-  return columns > kSide ? block<1, 2>(lines, line, pairs, panel, depth, to, stride, add)
-                         : block<1, 1>(lines, line, pairs, panel, depth, to, stride, add);
+// to [rows, columns] = or += lines from number n on times the pairs' columns from c on, in whole tiles, at most two each way;
+// `stride` is of numbers.
+inline void block(const Left& lines, int64_t n, int64_t rows, const Pairs& pairs, int64_t c, float* to, int64_t stride, bool add) {
+  using Block = decltype(&block<1, 1, 1, 1>);
+  static constexpr Block kBlocks[2][2][2][2] = {  // lines in parts, pairs in parts, two tiles of lines, two of columns
+      {{{block<1, 1, 1, 1>, block<1, 2, 1, 1>}, {block<2, 1, 1, 1>, block<2, 2, 1, 1>}},
+       {{block<1, 1, 1, kParts>, block<1, 2, 1, kParts>}, {block<2, 1, 1, kParts>, block<2, 2, 1, kParts>}}},
+      {{{block<1, 1, kParts, 1>, block<1, 2, kParts, 1>}, {block<2, 1, kParts, 1>, block<2, 2, kParts, 1>}},
+       {{block<1, 1, kParts, kParts>, block<1, 2, kParts, kParts>}, {block<2, 1, kParts, kParts>, block<2, 2, kParts, kParts>}}}};
+  const Side left{lines[n], kSide * lines.stride, lines.depth}, right{pairs.panel(c / kSide), pairs.stride(), pairs.depth * kSide};
+  const Block run = kBlocks[lines.parts > 1][pairs.parts > 1][rows > kSide][pairs.columns - c > kSide];
+  run(left, lines.stride, right, pairs.depth, to, stride, add);
 }
 
 using Square = uint32_t[kSide][kSide];
@@ -199,31 +229,49 @@ inline void transpose(Square& rows) {
 #endif
 }
 
-inline Halves narrow(Floats value) { return narrow_lanes(as<Words>(to_bfloat16(value)) >> 16); }
-
-inline void store_narrow(uint16_t* to, Floats value, int64_t count = kLanes) {
-  const Halves halves = narrow(value);
+// The upper halves of what bfloat16 can hold.
+inline void store_halves(uint16_t* to, Floats value, int64_t count = kLanes) {
+  const Halves halves = narrow_lanes(as<Words>(value) >> 16);
   if (count == kLanes) return void(std::memcpy(to, &halves, sizeof halves));
   std::memcpy(to, &halves, count * sizeof(uint16_t));
 }
 
-// A vector as a line, zeros behind it.
-inline void narrow(const float* from, int64_t count, uint16_t* to, int64_t depth) {
+// In so many parts, which are `part` numbers from each other: rounded if it is one; of three, each takes the next 8 bits.
+inline void store_parts(uint16_t* to, Floats value, int parts, int64_t part, int64_t count = kLanes) {
+  if (parts == 1) return store_halves(to, to_bfloat16(value), count);
+  for (int i = 0; i < parts; i++) {
+    const Floats upper = as<Floats>(as<Words>(value) & 0xffff0000u);
+    store_halves(to + i * part, upper, count);
+    value -= upper;
+  }
+}
+
+// Zeros behind the numbers of a line.
+inline void pad(uint16_t* to, int64_t count, int64_t depth, int parts) {
+  for (int i = 0; i < parts; i++) std::fill(to + i * depth + count, to + (i + 1) * depth, 0);
+}
+
+// A vector as a line in parts of `depth` numbers.
+inline void narrow(const float* from, int64_t count, uint16_t* to, int64_t depth, int parts = 1) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store_narrow(to + i, load(from + i));
-  if (i < count) store_narrow(to + i, load_first(from + i, static_cast<int>(count - i)), count - i);
-  std::fill(to + count, to + depth, 0);
+  for (; i + kLanes <= count; i += kLanes) store_parts(to + i, load(from + i), parts, depth);
+  if (i < count) store_parts(to + i, load_first(from + i, static_cast<int>(count - i)), parts, depth, count - i);
+  pad(to, count, depth, parts);
 }
 
 // Vectors [width] as the columns of a panel.
 inline void pack(Pairs& to, const float* const* vectors, int64_t width, int64_t panel) {
   const int64_t some = std::min<int64_t>(kSide, to.columns - panel * kSide);
   for (int64_t k = 0; k < to.depth; k += kDepth) {
-    Square square = {};
+    uint16_t lines[kSide][kParts * kDepth] = {};
     for (int64_t c = 0; c < some; c++)
-      narrow(vectors[panel * kSide + c] + k, std::min<int64_t>(kDepth, width - k), reinterpret_cast<uint16_t*>(square[c]), kDepth);
-    transpose(square);
-    std::memcpy(to.panel(panel) + k * kSide, square, sizeof square);
+      narrow(vectors[panel * kSide + c] + k, std::min<int64_t>(kDepth, width - k), lines[c], kDepth, to.parts);
+    for (int i = 0; i < to.parts; i++) {
+      Square square;
+      for (int c = 0; c < kSide; c++) std::memcpy(square[c], lines[c] + i * kDepth, sizeof square[c]);
+      transpose(square);
+      std::memcpy(to.panel(panel) + (i * to.depth + k) * kSide, square, sizeof square);
+    }
   }
 }
 
@@ -233,27 +281,22 @@ inline void pack(Pairs& to, const std::vector<const float*>& vectors, int64_t wi
   for (int64_t panel = 0; panel < to.panels(); panel++) pack(to, vectors.data(), width, panel);
 }
 
-// A row of a matrix as a line, times its multipliers and rounded as a graph does that multiplies first.
+// A row of a matrix as a line, times its multipliers: in parts, or rounded as a graph does that multiplies first.
 template <class Format>
-void widen(const Matrix& m, int64_t row, uint16_t* to, int64_t depth) {
+void widen(const Matrix& m, int64_t row, uint16_t* to, int64_t depth, int parts = 1) {
+  if constexpr (std::is_same_v<Format, Bfloat16>) std::memcpy(to, m.rows[row], m.width * sizeof(uint16_t));
+  pad(to, m.width, depth, parts);
   const int64_t block = Format::kScaled ? m.block : m.width;
-  std::fill(to + m.width / kDepth * kDepth, to + depth, 0);
-  for (int64_t begin = 0, number = 0; begin < m.width; begin += block, number++) {
+  for (int64_t begin = 0, number = 0; !std::is_same_v<Format, Bfloat16> && begin < m.width; begin += block, number++) {
     const int64_t end = std::min(begin + block, m.width);
     const float scale = Format::kScaled ? m.multipliers[row][number] * Format::kUnit : 1;
     int64_t k = begin;
-    for (; k + kLanes <= end; k += kLanes) store_narrow(to + k, Format::widen(m.rows[row] + Format::bytes(k)) * scale);
+    for (; k + kLanes <= end; k += kLanes) store_parts(to + k, Format::widen(m.rows[row] + Format::bytes(k)) * scale, parts, depth);
     if (k == end) continue;
     uint8_t last[kLanes * 4] = {};
     std::memcpy(last, m.rows[row] + Format::bytes(k), Format::bytes(end - k));
-    store_narrow(to + k, Format::widen(last) * scale, end - k);
+    store_parts(to + k, Format::widen(last) * scale, parts, depth, end - k);
   }
-}
-
-template <>
-inline void widen<Bfloat16>(const Matrix& m, int64_t row, uint16_t* to, int64_t depth) {
-  std::memcpy(to, m.rows[row], m.width * sizeof(uint16_t));
-  std::fill(to + m.width, to + depth, 0);
 }
 
 // out[c * stride + n] = sum of line_n times the pairs' column c
@@ -262,7 +305,7 @@ inline void products(const Left& lines, int64_t count, const Pairs& pairs, float
     for (int64_t c = 0; c < pairs.columns; c += kBlock) {
       const int64_t rows = std::min<int64_t>(kBlock, count - n), columns = std::min<int64_t>(kBlock, pairs.columns - c);
       alignas(64) float sums[kBlock * kBlock];
-      block(rows, columns, lines[n], lines.stride, pairs.panel(c / kSide), pairs.depth * kSide, lines.depth, sums, kBlock, false);
+      block(lines, n, rows, pairs, c, sums, kBlock, false);
       for (int64_t i = 0; i < rows; i += kSide)
         for (int64_t j = 0; j < columns; j += kSide) {
           Square tile;
@@ -278,11 +321,11 @@ inline void products(const Left& lines, int64_t count, const Pairs& pairs, float
 template <class Format>
 void products(const Matrix& m, int64_t first, int64_t last, const Pairs& vectors, float* out, int64_t stride) {
   thread_local Lines lines;
-  lines.resize(kBlock, m.width);
+  lines.resize(kBlock, m.width, std::is_same_v<Format, Bfloat16> ? 1 : vectors.parts);
   const Tiles tiles;
   for (int64_t n = first; n < last; n += kBlock) {
     const int64_t some = std::min<int64_t>(kBlock, last - n);
-    for (int64_t r = 0; r < some; r++) widen<Format>(m, n + r, lines[r], lines.depth);
+    for (int64_t r = 0; r < some; r++) widen<Format>(m, n + r, lines[r], lines.depth, lines.parts);
     products(lines, some, vectors, out + n, stride);
   }
 }
@@ -306,14 +349,14 @@ inline void across(Pairs& to, const Left& lines, int64_t count, int64_t columns,
 // to[r * stride + c] += sum of line_r times the pairs' column c; `to` has whole tiles.
 inline void add(const Left& lines, int64_t rows, const Pairs& pairs, float* to, int64_t stride) {
   for (int64_t r = 0; r < rows; r += kBlock)
-    for (int64_t c = 0; c < pairs.columns; c += kBlock)
-      block(rows - r, pairs.columns - c, lines[r], lines.stride, pairs.panel(c / kSide), pairs.depth * kSide, pairs.depth,
-            to + r * stride + c, stride, true);
+    for (int64_t c = 0; c < pairs.columns; c += kBlock) block(lines, r, rows - r, pairs, c, to + r * stride + c, stride, true);
 }
 
-// Whether so many vectors, rounded to a type, are worth their packing.
-inline bool take(Rounding activations, int64_t vectors) {
-  return activations == Rounding::kBfloat16 && vectors >= kWorth && ready();
+// In how many parts AMX takes so many vectors, rounded to a type; 0 where it is not worth their packing.
+inline int parts(Rounding activations, int64_t vectors) {
+  if (!ready() || activations == Rounding::kFloat16) return 0;
+  if (activations == Rounding::kBfloat16) return vectors >= kWorth;
+  return vectors >= kWorthInParts ? kParts : 0;
 }
 
 }  // namespace amx

@@ -140,8 +140,8 @@ void add_tile(const uint8_t* const* rows, int64_t first, int64_t count, const Qu
   for (int64_t h = 0; h < queries.count(); h++)
     for (int64_t t = 0; t < high.depth; t += kLanes) {
       const Floats p = load(scores.data() + h * kTile + t), nearest = to_bfloat16(p);
-      amx::store_narrow(high[h] + t, nearest);
-      amx::store_narrow(low[h] + t, p - nearest);
+      amx::store_halves(high[h] + t, nearest);
+      amx::store_halves(low[h] + t, to_bfloat16(p - nearest));
     }
   amx::add(high, queries.count(), values, to.z.data(), to.stride);
   amx::add(low, queries.count(), values, to.z.data(), to.stride);
@@ -200,7 +200,7 @@ class Attention {
     float* z = ort::output<float>(context, 0, {tokens, heads, value_width});
     if (!tokens) return;
     const float* from = reinterpret_cast<const float*>(ort::bytes(q));
-    const bool tiles = amx::take(rounding_, heads);
+    const bool tiles = amx::parts(rounding_, heads) == 1;
     const int64_t steps = tokens / bound.batch, group = tiles && Rows::kGrowing ? kGroup : 1;
 
     // Tokens are tasks; where they are few, so are parts of what they see.

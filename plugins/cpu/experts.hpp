@@ -83,8 +83,8 @@ class MoeExperts {
     std::vector<Task> panels, tasks;
     for (size_t v = 0; v < visits.size(); v++) {
       vectors.push_back({slots + visits[v].begin, visits[v].end - visits[v].begin});
-      if (amx::take(rounding_, vectors[v].count)) {
-        pairs[v].resize(vectors[v].count, form.width);
+      if (const int parts = amx::parts(rounding_, vectors[v].count)) {
+        pairs[v].resize(vectors[v].count, form.width, parts);
         vectors[v].pairs = &pairs[v];
         for (int64_t panel = 0; panel < pairs[v].panels(); panel++) panels.push_back({v, panel, panel + 1});
       }

@@ -25,8 +25,8 @@ class Linear {
     for (int64_t m = 0; m < tokens; m++) each[m] = reinterpret_cast<const float*>(ort::bytes(x)) + m * form_.width;
     Vectors vectors{each.data(), tokens};
     amx::Pairs pairs;
-    if (amx::take(rounding_, tokens)) {
-      pairs.resize(tokens, form_.width);
+    if (const int parts = amx::parts(rounding_, tokens)) {
+      pairs.resize(tokens, form_.width, parts);
       ort::parallel(context, pairs.panels(), [&](size_t panel) { amx::pack(pairs, each.data(), form_.width, panel); });
       vectors.pairs = &pairs;
     }
@@ -75,7 +75,7 @@ class HeadLinear {
     float* y = ort::output<float>(context, 0, {tokens, heads, out});
     if (!tokens) return;
     const float* from = reinterpret_cast<const float*>(ort::bytes(x));
-    const bool tiles = amx::take(rounding_, tokens);
+    const bool tiles = amx::parts(rounding_, tokens) == 1;
     ort::parallel(context, heads, [&](size_t head) {
       const int64_t stride = amx::whole(out, amx::kSide);
       thread_local std::vector<float> z;

@@ -27,6 +27,24 @@ void each(const ort::Context* context, int64_t count, float* to, const Number& n
   });
 }
 
+// task(row) for every row of so many numbers
+template <class Task>
+void each_row(const ort::Context* context, int64_t rows, int64_t width, const Task& task) {
+  const int64_t some = std::max<int64_t>(1, kShare / std::max<int64_t>(width, 1));
+  ort::parallel(context, (rows + some - 1) / some, [&](size_t part) {
+    for (int64_t row = part * some; row < std::min<int64_t>((part + 1) * some, rows); row++) task(row);
+  });
+}
+
+inline float squares(const float* x, int64_t count) {
+  Floats total{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats value = load_first(x + i, static_cast<int>(std::min<int64_t>(kLanes, count - i)));
+    total += value * value;
+  }
+  return sum(total);
+}
+
 }  // namespace pointwise
 
 // silu(gate) * up, both cut off at a limit if that is above zero.
@@ -42,19 +60,23 @@ inline Floats swiglu(Floats gate, Floats up, float limit) {
 struct Rounds {
   static constexpr const char* kName = "Round";
   static constexpr int kInputs = 1;
-  static Floats result(const Floats (&x)[1]) { return x[0]; }
+  explicit Rounds(const ort::Info*) {}
+  Floats result(const Floats (&x)[1]) const { return x[0]; }
 };
 
 struct Adds {
   static constexpr const char* kName = "Sum";
   static constexpr int kInputs = 2;
-  static Floats result(const Floats (&x)[2]) { return x[0] + x[1]; }
+  explicit Adds(const ort::Info*) {}
+  Floats result(const Floats (&x)[2]) const { return x[0] + x[1]; }
 };
 
 struct Gates {
   static constexpr const char* kName = "SwiGlu";
   static constexpr int kInputs = 2;
-  static Floats result(const Floats (&x)[2]) { return swiglu(x[0], x[1], 0); }
+  float limit;
+  explicit Gates(const ort::Info* info) : limit(ort::real(info, "limit")) {}
+  Floats result(const Floats (&x)[2]) const { return swiglu(x[0], x[1], limit); }
 };
 
 // v4::Round, v4::Sum, v4::SwiGlu: inputs float32 of one shape -> what the operator says, rounded.
@@ -64,7 +86,7 @@ class Pointwise {
   static constexpr const char* kName = Op::kName;
   static constexpr ort::Type kOutputs[] = {ort::kFloat};
 
-  explicit Pointwise(const ort::Info* info) : rounding_(rounding_of(ort::text(info, "activations"))) {}
+  explicit Pointwise(const ort::Info* info) : op_(info), rounding_(rounding_of(ort::text(info, "activations"))) {}
 
   void compute(ort::Context* context) {
     const ort::Shape shape(ort::input(context, 0));
@@ -77,15 +99,16 @@ class Pointwise {
     pointwise::each(context, pointwise::count_of(shape), y, [&](int64_t at, int some) {
       Floats x[Op::kInputs];
       for (int i = 0; i < Op::kInputs; i++) x[i] = load_first(from[i] + at, some);
-      return rounded(Op::result(x), rounding_);
+      return rounded(op_.result(x), rounding_);
     });
   }
 
  private:
+  Op op_;
   Rounding rounding_;
 };
 
-// v4::RmsNorm: x float32 [.., D], weight [D] as stored -> x / sqrt(mean(x^2) + epsilon) * weight, rounded.
+// v4::RmsNorm: x float32 [.., D], weight [D] as stored if there is one -> x / sqrt(mean(x^2) + epsilon) * weight, rounded.
 class RmsNorm {
  public:
   static constexpr const char* kName = "RmsNorm";
@@ -97,24 +120,15 @@ class RmsNorm {
   void compute(ort::Context* context) {
     const ort::Shape shape(ort::input(context, 0));
     const int64_t width = shape.dims.back(), rows = width ? pointwise::count_of(shape) / width : 0;
-    const int64_t some = std::max<int64_t>(1, pointwise::kShare / std::max<int64_t>(width, 1));
-    const std::vector<float> weight = numbers(ort::input(context, 1));
+    const std::vector<float> weight = ort::inputs(context) > 1 ? numbers(ort::input(context, 1)) : std::vector<float>(width, 1.0f);
     const float* x = ort::data<float>(context, 0);
     float* y = ort::output<float>(context, 0, shape.dims);
-    ort::parallel(context, (rows + some - 1) / some, [&](size_t part) {
-      for (int64_t row = part * some; row < std::min<int64_t>((part + 1) * some, rows); row++)
-        norm(x + row * width, weight.data(), width, y + row * width);
-    });
+    pointwise::each_row(context, rows, width, [&](int64_t row) { norm(x + row * width, weight.data(), width, y + row * width); });
   }
 
  private:
   void norm(const float* x, const float* weight, int64_t width, float* y) const {
-    Floats squares{};
-    for (int64_t d = 0; d < width; d += kLanes) {
-      const Floats value = load_first(x + d, static_cast<int>(std::min<int64_t>(kLanes, width - d)));
-      squares += value * value;
-    }
-    const float factor = 1 / std::sqrt(sum(squares) / width + epsilon_);
+    const float factor = 1 / std::sqrt(pointwise::squares(x, width) / width + epsilon_);
     for (int64_t d = 0; d < width; d += kLanes) {
       const int some = static_cast<int>(std::min<int64_t>(kLanes, width - d));
       store_first(y + d, rounded(load_first(x + d, some) * factor * load_first(weight + d, some), rounding_), some);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +16,7 @@ from v4export.graphs.passes.cpu_kernels import KERNELS, cpu_kernels
 from v4export.graphs.stamp import IR_VERSION
 from v4export.plugins import OPS
 from v4export.plugins.cpu import Target, library
-from v4export.plugins.function_body import OPSET, VERSION
+from v4export.plugins.function_body import OPSET, VERSION, first_dtype
 
 #: Of PyTorch's types that NumPy has not, what holds their bits and what they are.
 _BITS = {
@@ -25,6 +25,10 @@ _BITS = {
     torch.float8_e8m0fnu: (torch.uint8, np.uint8),
 }
 _NARROW = (torch.float16, torch.bfloat16)
+#: Of how many first arguments a graph computes each, and so carries them in float32, where that is not one.
+_CARRIED = {"HyperMix": 2}
+#: Attributes that are sizes of arguments.
+_COUNTS = {"num_experts": lambda args: len(args[3]), "num_streams": lambda args: args[0].shape[1]}
 
 
 def has_kernel(op: torch.library.CustomOpDef) -> bool:
@@ -40,16 +44,20 @@ def _of(op: torch.library.CustomOpDef) -> Any:
 def run(
     op: torch.library.CustomOpDef, args: Sequence[Any], target: Target | None = None, without: str = ""
 ) -> list[torch.Tensor]:
-    """The op's outputs, by a node ``without`` an attribute; the first argument is widened, as graphs carry it."""
-    x = args[0]
-    model = _model(_of(op), [x.float(), *args[1:]], x.dtype)
+    """The op's outputs, by a node ``without`` an attribute; what graphs carry in float32 is widened."""
+    x, carried = args[0], _CARRIED.get(_of(op).op_type, 1)
+    model = _model(_of(op), [*(one.float() for one in args[:carried]), *args[carried:]], x.dtype)
     model.graph[0].attributes.pop(without, None)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 2, 3
     options.register_custom_ops_library(str(library(target)))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     found = session.run(None, {"x": x.float().numpy()})
-    return [torch.from_numpy(one).to(x.dtype if one.dtype == np.float32 else torch.int64) for one in found]
+    of_x = [dtype_of is first_dtype for dtype_of in _of(op).outputs]
+    return [
+        torch.from_numpy(one).to(x.dtype) if same else torch.from_numpy(one)
+        for one, same in zip(found, of_x, strict=True)
+    ]
 
 
 def _model(custom: Any, args: Sequence[Any], dtype: torch.dtype) -> ir.Model:
@@ -61,10 +69,8 @@ def _model(custom: Any, args: Sequence[Any], dtype: torch.dtype) -> ir.Model:
         tensor = ir.tensor(array, name=f"w{i}")
         inputs.append(ir.Value(name=f"w{i}", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
     scalars = [0.0 if a is None else a for a in args if not isinstance(a, torch.Tensor | list)]
-    names = [name for name in custom.attributes if name != "num_experts"]
-    attributes = dict(zip(_in_order(custom, names), scalars, strict=False))
-    if custom.op_type == "MoeExperts":
-        attributes["num_experts"] = len(args[3])
+    attributes = dict(zip(_in_order(custom, custom.attributes.keys() - _COUNTS), scalars, strict=False))
+    attributes |= {name: count(args) for name, count in _COUNTS.items() if name in custom.attributes}
     node = ir.Node(
         "v4", custom.op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=len(custom.outputs)
     )
@@ -82,7 +88,7 @@ def _model(custom: Any, args: Sequence[Any], dtype: torch.dtype) -> ir.Model:
     return model
 
 
-def _in_order(custom: Any, names: Sequence[str]) -> list[str]:
+def _in_order(custom: Any, names: Iterable[str]) -> list[str]:
     """Names of attributes in the order of the op's arguments."""
     arguments = [a.name for a in custom.torch_op._opoverload._schema.arguments]
     return sorted(names, key=arguments.index)

@@ -15,9 +15,14 @@ from kernel_checks import needs_compiler
 from kernel_comparison import compare
 from on_cpu import run
 from test_attention_kernels import narrow
+from test_compress_tokens_kernel import operands as to_compress
+from test_hyper_connection_kernel import operands
 from test_moe_experts_kernels import FORMS, arguments
 
 from v4export.plugins import cpu
+from v4export.plugins.compress_tokens.op import compress_tokens
+from v4export.plugins.hyper_connection.op import hyper_connection
+from v4export.plugins.hyper_mix.op import hyper_mix
 from v4export.plugins.index_select.op import index_select
 from v4export.plugins.latent_attention.op import latent_attention
 from v4export.plugins.moe_experts.op import moe_experts
@@ -71,6 +76,30 @@ def test_targets_compute_alike(target: cpu.Target, dtype: torch.dtype) -> None:
             wide[3:6] = [[w.float() for w in part] for part in args[3:6]]
         wanted = moe_experts(*wide)
         compare(run(moe_experts, args, target)[0], wanted, dtype, 8 if dtype == torch.float32 else 3)
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda one: one.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_stands_around_sublayers(target: cpu.Target, dtype: torch.dtype) -> None:
+    """Hyper-connections, of few tokens and of many, and compression."""
+    for M, X, D in ((1, 4, 96), (33, 3, 35)):
+        streams, *weights = operands(M, X, D, dtype)
+        y = torch.randn(M, D).to(dtype)
+        _, post, comb = hyper_connection(streams.float(), *weights, 20, 1e-6, 1e-5)
+        steps = 4 if dtype == torch.float32 else 1
+        for op, args in (
+            (hyper_connection, [streams, *weights, 20, 1e-6, 1e-5]),
+            (hyper_mix, [streams, y, post, comb]),
+        ):
+            wide = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
+            wanted = op(*wide)
+            for one, other in zip(
+                run(op, args, target), wanted if isinstance(wanted, tuple) else (wanted,), strict=True
+            ):
+                compare(one, other, one.dtype, steps)
+    for case in ((9, 16, 2, 40, [3, 15, 16, 40]), (1, 4, 1, 69, [3, 7])):
+        args = [*to_compress(*case), *case[1:3]]
+        compare(run(compress_tokens, args, target)[0], compress_tokens(*args), torch.float32, 4)
 
 
 def test_the_best_target_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,17 +20,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="n
 #: A preset and a precision -> operators that have kernels then, besides those of every model.
 WHAT = {
     ("tiny-v2-lite", "fp16"): {"MoeExperts", "LatentAttention"},
-    ("tiny-v3.2", "bf16"): {"MoeExperts", "SparseLatentAttention", "IndexSelect"},
+    ("tiny-v3.2", "bf16"): {"MoeExperts", "SparseLatentAttention", "IndexSelect", "Round"},
     ("tiny-v4", "fp32"): {
         "HashRoute", "MoeExperts", "WindowAttention", "CompressedAttention", "SparseAttention", "IndexSelect",
+        "HyperConnection", "HyperMix", "CompressTokens", "RmsNorm",
     },
     ("tiny-v4.1", "bf16"): {
         "MoeExperts", "WindowAttention", "SparseAttention", "IndexSelect", "CandidateSelect", "IndexReselect",
+        "HyperCoefficients", "HyperMix", "CompressTokens", "Round",
     },
     ("tiny-v4x", "fp32"): {"MoeExperts", "LatentAttention"},
 }  # fmt: skip
 #: In every model, by whether the graph computes in 16 bits.
-ALL = ({"Linear", "MoeRoute", "SwiGlu"}, {"Linear", "HeadLinear", "MoeRoute", "RmsNorm", "Round", "Sum", "SwiGlu"})
+ALL = (
+    {"Linear", "MoeRoute", "Rotate", "SwiGlu"},
+    {"Linear", "HeadLinear", "MoeRoute", "RmsNorm", "Rotate", "Sum", "SwiGlu"},
+)
 
 
 @pytest.mark.parametrize(("preset", "precision"), WHAT)

@@ -54,6 +54,7 @@ def main(
                 found = measured(engines, rounds, steps, compile_timeout)
             tables += [f"**{SUBJECTS[name][0]}**", table(found)]
             click.echo("\n\n".join(tables[-2:]))
+            replace_between(into, BEGIN, END, tables)
         tables.append(node_counts(Path(scratch)))
         click.echo(f"\n{tables[-1]}")
     replace_between(into, BEGIN, END, tables)

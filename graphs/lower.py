@@ -61,9 +61,9 @@ def lower_for_kernels(path: Path) -> ir.Model:
     """The portable graph for onnxruntime with this project's kernels on a CPU, which read weights as stored."""
     model = ir.load(path)
     group_experts(model, lambda node: not takes_experts(node))
+    expand_prefill(model)
     cpu_kernels(model)
     head_linear(model)
-    expand_prefill(model)
     fuse_pointwise(model)
     rotate_rows(model)
     common.InlinePass()(model)

@@ -37,7 +37,7 @@ _ROUNDINGS = {ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16"}
 def cpu_kernels(model: ir.Model) -> bool:
     """Rewrite in place every node that a kernel takes, and drop the bodies of those; whether there was any."""
     graph, found = model.graph, False
-    for node in list(graph):
+    for node in list(graph.all_nodes()):
         if node.op_type == "Gemm" and (weight := _weight(node)):
             _linear(graph, node, weight)
         elif node.op_type == EXPERTS and takes_experts(node):
@@ -61,8 +61,8 @@ def takes_experts(node: ir.Node) -> bool:
 def _weight(gemm: ir.Node) -> StoredMatrix | None:
     """What a Gemm multiplies by, if that is a stored matrix that a kernel can read."""
     a = gemm.attributes
-    by_rows = a["transB"].as_int() == 1 and not a["transA"].as_int()
-    plain = by_rows and a["alpha"].as_float() == a["beta"].as_float() == 1
+    by_rows = a.get_int("transB", 0) == 1 and not a.get_int("transA", 0)
+    plain = by_rows and a.get_float("alpha", 1.0) == a.get_float("beta", 1.0) == 1
     return stored_matrix(gemm.inputs[1]) if plain else None
 
 
@@ -74,7 +74,7 @@ def _linear(graph: ir.Graph, gemm: ir.Node, weight: StoredMatrix) -> None:
         **weight.attributes, bias=len(bias),
         activations=rounding(gemm),
     )  # fmt: skip
-    replace(graph, gemm, [gemm], body.nodes, gemm.outputs, [y])
+    replace(gemm.graph, gemm, [gemm], body.nodes, gemm.outputs, [y])
 
 
 def _experts(graph: ir.Graph, node: ir.Node) -> None:

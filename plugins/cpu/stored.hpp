@@ -155,7 +155,7 @@ inline void multiply(const Stored& w, int64_t first, int64_t last, const Vectors
 // How many rows a task takes: as many as are worth starting one, which is a few microseconds' work, so that threads end together.
 inline int64_t share(int64_t rows, int64_t width, const Vectors& vectors) {
   const int64_t worth = (int64_t{1} << 16) / std::max<int64_t>(1, width * vectors.count);
-  const int64_t least = vectors.count == 1 ? kRows : amx::kBlock;
+  const int64_t least = vectors.pairs ? amx::kTogether : vectors.count == 1 ? kRows : amx::kBlock;
   return std::clamp<int64_t>(amx::whole(worth, kRows), least, amx::whole(rows, least));
 }
 

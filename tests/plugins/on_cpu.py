@@ -48,16 +48,40 @@ def run(
     x, carried = args[0], _CARRIED.get(_of(op).op_type, 1)
     model = _model(_of(op), [*(one.float() for one in args[:carried]), *args[carried:]], x.dtype)
     model.graph[0].attributes.pop(without, None)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 2, 3
-    options.register_custom_ops_library(str(library(target)))
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    found = session.run(None, {"x": x.float().numpy()})
+    found = _session(model, target).run(None, {"x": x.float().numpy()})
     of_x = [dtype_of is first_dtype for dtype_of in _of(op).outputs]
     return [
         torch.from_numpy(one).to(x.dtype) if same else torch.from_numpy(one)
         for one, same in zip(found, of_x, strict=True)
     ]
+
+
+def run_node(
+    op_type: str, inputs: Sequence[torch.Tensor], attributes: dict[str, str | float | int], target: Target | None = None
+) -> torch.Tensor:
+    """The only output, float32, of a node that stands for no op; inputs that are not float32 are stored."""
+    values = [ir.Value(name=f"x{i}") for i in range(len(inputs))]
+    fed = {value: one for value, one in zip(values, inputs, strict=True) if one.dtype == torch.float32}
+    for value, one in zip(values, inputs, strict=True):
+        tensor = ir.tensor(_array(one), name=value.name)
+        value.shape, value.dtype = tensor.shape, tensor.dtype
+        value.const_value = None if value in fed else tensor
+    node = ir.node(op_type, values, attributes, domain="v4")
+    y = node.outputs[0]
+    y.name, y.dtype = "y", ir.DataType.FLOAT
+    stored = [value for value in values if value not in fed]
+    graph = ir.Graph(
+        list(fed), [y], nodes=[node], initializers=stored, opset_imports={"": OPSET, "v4": VERSION}, name="one"
+    )
+    feeds = {value.name: one.numpy() for value, one in fed.items()}
+    return torch.from_numpy(_session(ir.Model(graph, ir_version=IR_VERSION), target).run(None, feeds)[0])
+
+
+def _session(model: ir.Model, target: Target | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 2, 4
+    options.register_custom_ops_library(str(library(target)))
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _model(custom: Any, args: Sequence[Any], dtype: torch.dtype) -> ir.Model:

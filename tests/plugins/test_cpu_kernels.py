@@ -13,7 +13,7 @@ import torch
 from histories import Past
 from kernel_checks import needs_compiler
 from kernel_comparison import compare
-from on_cpu import run
+from on_cpu import run, run_node
 from test_attention_kernels import narrow
 from test_compress_tokens_kernel import operands as to_compress
 from test_hyper_connection_kernel import operands
@@ -69,13 +69,29 @@ def test_targets_compute_alike(target: cpu.Target, dtype: torch.dtype) -> None:
         wide = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
         got = run(latent_attention, args, target)[0]
         compare(got, latent_attention(*wide), dtype, 4 if dtype == torch.float32 else 2)
-    for form, tokens in ((form, tokens) for form in FORMS for tokens in (9, 70)):
+    for form, tokens in ((form, tokens) for form in FORMS for tokens in (9, 150)):
         args = arguments(form, (tokens, 4, 2, 160, 96), dtype)
         wide = [w.float() if isinstance(w, torch.Tensor) and w.dtype == dtype else w for w in args]
         if form == "plain":
             wide[3:6] = [[w.float() for w in part] for part in args[3:6]]
         wanted = moe_experts(*wide)
         compare(run(moe_experts, args, target)[0], wanted, dtype, 8 if dtype == torch.float32 else 3)
+
+
+@pytest.mark.parametrize("target", HERE, ids=lambda one: one.name)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(64, 150, 96), (79, 33, 421)])
+def test_products_of_float32(target: cpu.Target, stored: torch.dtype, tokens: int, rows: int, width: int) -> None:
+    """As exact as float32 is, of numbers of very different sizes, by AMX too, which takes them in parts."""
+    torch.manual_seed(0)
+    x = torch.randn(tokens, width) * 10.0 ** torch.randint(-6, 6, (tokens, 1))
+    weight = (torch.randn(rows, width) * 2.0 ** torch.randint(-4, 4, (rows, 1))).to(stored)
+    bias = torch.randn(rows)
+    attributes = {"out": rows, "width": width, "rows": 0, "columns": 0, "bias": 1, "activations": ""}
+    got = run_node("Linear", (x, weight, bias), attributes, target).double()
+    wanted = x.double() @ weight.double().T + bias
+    size = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1)
+    assert ((got - wanted).abs() / (size + bias.abs())).max() < 2 * width**0.5 * 2**-24
 
 
 @pytest.mark.parametrize("target", HERE, ids=lambda one: one.name)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 from kernel_checks import needs_compiler
+from on_cpu import run_node
 
 from v4export.graphs.passes.pointwise import fuse_pointwise, fuse_rounding
 from v4export.graphs.passes.rotate_rows import rotate_rows
@@ -41,7 +41,7 @@ def test_they_are_pytorchs(shape: tuple[int, int], activations: str, target: cpu
         ("RmsNorm", (a,)): lambda x: torch.nn.functional.rms_norm(x.double(), x.shape[-1:], eps=1e-3),
     }
     for (op, inputs), wanted in exact.items():
-        got = run(op, inputs, {"activations": activations, "epsilon": 1e-3, "limit": 2.0}, target)
+        got = run_node(op, inputs, {"activations": activations, "epsilon": 1e-3, "limit": 2.0}, target)
         # A rounding, which the last place of what is rounded may turn the other way.
         steps = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         assert torch.allclose(got.double(), wanted(*inputs).double(), rtol=1.01 * steps, atol=1e-7), op
@@ -51,7 +51,7 @@ def test_they_are_pytorchs(shape: tuple[int, int], activations: str, target: cpu
 @pytest.mark.parametrize("op", ["Sum", "SwiGlu"])
 def test_inputs_of_two_shapes_are_an_error(op: str) -> None:
     with pytest.raises(Exception, match=f"{op}: inputs of two shapes"):
-        run(op, (torch.zeros(2, 3), torch.zeros(1, 3)), {"activations": "", "limit": 0.0}, HERE[0])
+        run_node(op, (torch.zeros(2, 3), torch.zeros(1, 3)), {"activations": "", "limit": 0.0}, HERE[0])
 
 
 @pytest.mark.parametrize("target", HERE, ids=lambda one: one.name)
@@ -69,13 +69,13 @@ def test_rotation_is_the_models(
     begin = W - R if interleaved else 0
     wanted = (rotate_last if interleaved else rotate_first)(x, cos, sin)
     attributes = {"activations": activations, "begin": begin, "interleaved": interleaved}
-    got = run("Rotate", (x.float(), cos, sin), attributes, target)
+    got = run_node("Rotate", (x.float(), cos, sin), attributes, target)
     torch.testing.assert_close(
         got.to(dtype), wanted, rtol={"": 1e-5, "bfloat16": 2**-7, "float16": 2**-10}[activations], atol=1e-6
     )
     assert torch.equal(got, got.to(dtype).float())
     with pytest.raises(Exception, match="angles of other sizes"):
-        run("Rotate", (x.float(), cos[..., :1], sin), attributes, target)
+        run_node("Rotate", (x.float(), cos[..., :1], sin), attributes, target)
 
 
 def test_what_is_taken() -> None:
@@ -224,23 +224,3 @@ def fused(
     after = [one.op_type for one in graph]
     assert changed == (before != after) and graph.outputs[0].dtype == y.dtype
     return after
-
-
-def run(
-    op: str, inputs: Sequence[torch.Tensor], attributes: dict[str, str | float | int], target: cpu.Target
-) -> torch.Tensor:
-    """By a node alone."""
-    values = [
-        ir.Value(name=f"x{i}", shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.FLOAT))
-        for i, x in enumerate(inputs)
-    ]
-    one = ir.node(op, values, attributes, domain="v4")
-    y = one.outputs[0]
-    y.name, y.dtype, y.shape = "y", ir.DataType.FLOAT, ir.Shape(inputs[0].shape)
-    graph = ir.Graph(values, [y], nodes=[one], opset_imports={"": OPSET, "v4": VERSION}, name="one")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 2, 4
-    options.register_custom_ops_library(str(cpu.library(target)))
-    model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION)).SerializeToString()
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {f"x{i}": x.numpy() for i, x in enumerate(inputs)})[0])

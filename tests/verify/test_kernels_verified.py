@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 
 from v4export import api
+from v4export.graphs import kept
 from v4export.graphs.lower import lower_for_cpu, lower_for_kernels
 from v4export.graphs.passes.cpu_kernels import KERNELS
 from v4export.package.bundle import Bundle
@@ -61,13 +63,13 @@ def test_integers_are_left_to_onnxruntime(exported: Callable[[str], Bundle]) -> 
 def test_a_kernel_that_computes_something_else_is_found(
     exported: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(path: Path) -> ir.Model:
+    def wrong(path: Path) -> onnx.ModelProto:
         model = lower_for_kernels(path)
         node = next(node for node in model.graph.all_nodes() if node.op_type == "LatentAttention")
         node.attributes["scale"] = ir.AttrFloat32("scale", 1.01 * node.attributes["scale"].as_float())
-        return model
+        return ir.to_proto(model)
 
-    monkeypatch.setattr(sessions, "lower_for_kernels", wrong)
+    monkeypatch.setattr(sessions, "graph_for_kernels", wrong)
     found = api.verify(exported("fp32").folder, kernels=True, decode=2)
     assert not found.passed
     assert api.verify(exported("fp32").folder, decode=2).passed
@@ -81,6 +83,33 @@ def test_what_layers_select_has_no_size_in_common(random_bundle: Callable[[str, 
         selected = [shape[1] for name, shape in named.items() if str(name).startswith(("selected.", "candidates."))]
         assert len(selected) == 4
         assert all(isinstance(size, ir.SymbolicDim) and size.value is None for size in selected)
+
+
+def test_what_kernels_take_is_made_once(
+    exported: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again where the graph is another, or what makes it."""
+    monkeypatch.setenv("V4EXPORT_CACHE", str(tmp_path / "cache"))
+    made: list[Path] = []
+
+    def lower(path: Path) -> ir.Model:
+        made.append(path)
+        return lower_for_kernels(path)
+
+    monkeypatch.setattr(kept, "lower_for_kernels", lower)
+    path = exported("fp32").folder / "model.onnx"
+    first = kept.graph_for_kernels(path)
+    assert kept.graph_for_kernels(path) == first == ir.to_proto(lower_for_kernels(path))
+    assert len(made) == 1
+    other = tmp_path / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.doc_string = "another"
+    onnx.save(model, other)
+    kept.graph_for_kernels(other)
+    assert len(made) == 2
+    monkeypatch.setattr(kept, "_maker", lambda: b"another")
+    kept.graph_for_kernels(path)
+    assert len(made) == 3
 
 
 def kernels_of(bundle: Bundle) -> set[str]:

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from v4export.errors import BadInput, NotEnough, NotSupported, missing_package
 from v4export.graphs.admitted import admit
 from v4export.graphs.export import for_cpu
-from v4export.graphs.lower import bodies_for_cpu, lower_for_kernels, with_bodies
+from v4export.graphs.kept import graph_for_kernels
+from v4export.graphs.lower import bodies_for_cpu, with_bodies
 from v4export.graphs.passes.accuracy import LEVELS, set_accuracy
 from v4export.plugins.cpu import library
 
@@ -145,7 +146,7 @@ def graph_to_run(how: Running, name: str) -> onnx.ModelProto:
             set_accuracy(model, how.accuracy_level)
             return ir.to_proto(model)
         if how.kernels:
-            return ir.to_proto(lower_for_kernels(graph))
+            return graph_for_kernels(graph)
         return ir.to_proto(bodies_for_cpu(graph) if how.device == "cpu" else with_bodies(graph))
     except Exception as error:  # protobuf's own errors have no common base
         raise BadInput(f"cannot read {graph}", str(error), "build it again") from error

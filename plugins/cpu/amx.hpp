@@ -28,6 +28,10 @@ constexpr int64_t kWorthInParts = 64;
 
 inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
+// A distance of that much and more between what is taken together, an odd number of cache lines, which have `line` numbers: whole
+// powers of two would share a few sets of a cache.
+inline int64_t spread(int64_t count, int64_t line) { return ((count + line - 1) / line | 1) * line; }
+
 struct alignas(64) Line {
   uint16_t numbers[kDepth];
 };
@@ -50,14 +54,14 @@ class Lines {
   void resize(int64_t count, int64_t width, int parts = 1) {
     this->parts = parts;
     depth = whole(width, kDepth);
-    stride_ = (parts * depth / kDepth | 1) * kDepth;
+    stride_ = spread(parts * depth, kDepth);
     all_.resize(count * stride_ / kDepth);
   }
   uint16_t* operator[](int64_t line) { return all_.data()->numbers + line * stride_; }
   operator Left() const { return {all_.data()->numbers, stride_, depth, parts}; }
 
  private:
-  int64_t stride_ = 0;  // an odd number of cache lines, so that 16 of them do not share a few sets of a cache
+  int64_t stride_ = 0;
   std::vector<Line> all_;
 };
 
@@ -71,14 +75,16 @@ class Pairs {
     this->columns = columns;
     this->parts = parts;
     depth = whole(width, kDepth);
-    all_.resize(panels() * parts * depth / 2);
+    stride_ = spread(parts * depth * kSide, kDepth);
+    all_.resize(panels() * stride_ / kDepth);
   }
   int64_t panels() const { return (columns + kSide - 1) / kSide; }
-  int64_t stride() const { return parts * depth * kSide; }  // from a panel to the next
+  int64_t stride() const { return stride_; }  // from a panel to the next
   uint16_t* panel(int64_t number) { return all_.data()->numbers + number * stride(); }
   const uint16_t* panel(int64_t number) const { return all_.data()->numbers + number * stride(); }
 
  private:
+  int64_t stride_ = 0;
   std::vector<Line> all_;
 };
 

@@ -56,7 +56,7 @@ struct Partial {
   std::vector<float> z, greatest, total;
 
   void clear(const Queries& queries) {
-    stride = amx::whole(queries.value_width, amx::kSide);
+    stride = amx::spread(queries.value_width, amx::kSide);
     z.assign(amx::whole(queries.count(), amx::kSide) * stride, 0);
     greatest.assign(queries.count(), -INFINITY);
     total.assign(queries.count(), 0);
@@ -119,11 +119,10 @@ void add_tile(const uint8_t* const* rows, int64_t first, int64_t count, const Qu
     to.take(scores.data(), first, count, queries);
     return add_columns<F>(rows, count, 0, queries.value_width, scores.data(), to.z.data(), to.stride, queries.count());
   }
-  // Exponentials go in as two bfloat16 numbers, so that they lose nothing that matters.
-  thread_local amx::Lines copies, high, low;
+  // Exponentials go in as they are, in parts.
+  thread_local amx::Lines copies, shares;
   thread_local amx::Pairs values;
-  high.resize(amx::whole(queries.count(), amx::kSide), count);
-  low.resize(amx::whole(queries.count(), amx::kSide), count);
+  shares.resize(amx::whole(queries.count(), amx::kSide), count, amx::kParts);
   amx::Left lines{};
   if (const int64_t stride = as_lines<F>(rows, count, queries.width)) {
     lines = {reinterpret_cast<const uint16_t*>(rows[0]), stride, queries.width};
@@ -138,13 +137,8 @@ void add_tile(const uint8_t* const* rows, int64_t first, int64_t count, const Qu
   amx::products(lines, count, queries.pairs, scores.data(), kTile);
   to.take(scores.data(), first, count, queries);
   for (int64_t h = 0; h < queries.count(); h++)
-    for (int64_t t = 0; t < high.depth; t += kLanes) {
-      const Floats p = load(scores.data() + h * kTile + t), nearest = to_bfloat16(p);
-      amx::store_halves(high[h] + t, nearest);
-      amx::store_halves(low[h] + t, to_bfloat16(p - nearest));
-    }
-  amx::add(high, queries.count(), values, to.z.data(), to.stride);
-  amx::add(low, queries.count(), values, to.z.data(), to.stride);
+    amx::narrow(scores.data() + h * kTile, shares.depth, shares[h], shares.depth, amx::kParts);
+  amx::add(shares, queries.count(), values, to.z.data(), to.stride);
 }
 
 // Rows first <= i < last of all that the spans have.

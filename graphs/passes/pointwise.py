@@ -75,7 +75,8 @@ def _norm_alone(graph: ir.Graph, square: ir.Node) -> bool:
     if len(chain) < 6 or x not in chain[-1].inputs or x.dtype != ir.DataType.FLOAT:  # type: ignore[union-attr]
         return False
     epsilon = _number(chain[2].inputs[1])
-    if _number(power) != 2 or _number(chain[1].inputs[1]) != -1 or math.isnan(epsilon):
+    of_columns = _number(chain[1].inputs[1]) == -1 and chain[1].attributes.get_int("keepdims", 1) == 1
+    if _number(power) != 2 or not of_columns or math.isnan(epsilon):
         return False
     _finish(graph, NORM, chain, [x], epsilon=epsilon)
     return True

@@ -32,17 +32,21 @@ def _rotate(graph: ir.Graph, turned: ir.Node) -> bool:
         return False
     old = [node for node in (flat, wide, turned, back, last if wide else None) if node]
     begin, cut, joined = 0, made_by(rows, "Split"), read_by(last, "Concat")
-    if cut is not None and joined is not None:
-        place = cut.outputs.index(rows)
-        beside = [result if value is rows else value for value in cut.outputs]
-        if list(joined.inputs) == beside and all(len(value.uses()) == 1 for value in cut.outputs):
-            begin = int(cut.outputs[0].shape[-1]) if place else 0  # type: ignore[index, arg-type]
-            old, rows = [cut, *old, joined], cut.inputs[0]
+    if cut is not None and joined is not None and _is_put_back(rows, cut, result, joined):
+        begin = int(cut.outputs[0].shape[-1]) if rows is not cut.outputs[0] else 0  # type: ignore[index, arg-type]
+        old, rows = [cut, *old, joined], cut.inputs[0]
     interleaved = turned.attributes.get_int("interleaved", 0)
     replace_by_one(
         graph, ROTATE, old, [rows, *angles], begin=begin, interleaved=interleaved, activations=rounding(last)
     )
     return True
+
+
+def _is_put_back(part: ir.Value | None, cut: ir.Node, result: ir.Value, joined: ir.Node) -> bool:
+    """Whether columns are put together as they were cut up, the result in place of one part."""
+    columns = all(node.attributes.get_int("axis", 0) in (-1, 2) for node in (cut, joined))
+    alone = all(len(value.uses()) == 1 and not value.is_graph_output() for value in cut.outputs)
+    return columns and alone and list(joined.inputs) == [result if one is part else one for one in cut.outputs]
 
 
 def _heads_of(value: ir.Value | None, turned: ir.Node) -> tuple[int, int] | None:

@@ -12,8 +12,9 @@ from v4export.graphs.passes.neighbours import made_by
 from v4export.plugins.block_dequantize.onnx import OP_TYPE as BLOCK_DEQUANTIZE
 
 PACKED = ir.DataType.FLOAT4E2M1
-#: Types that kernels for a CPU widen by themselves.
-STORED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN, PACKED)
+#: Types that kernels for a CPU widen by themselves; those that need no multipliers.
+PLAIN = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+STORED = (*PLAIN, ir.DataType.FLOAT8E4M3FN, PACKED)
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ def stored_matrix(value: ir.Value | None) -> StoredMatrix | None:
     if value is None:
         return None
     cast = made_by(value, "Cast")
-    if cast is not None and value.dtype == ir.DataType.FLOAT:
-        value = cast.inputs[0]
-        assert value is not None
+    before = cast.inputs[0] if cast and value.dtype == ir.DataType.FLOAT else None
+    if before is not None and before.dtype in PLAIN:
+        value = before
     if value.is_initializer():
         return StoredMatrix((value,)) if value.dtype in STORED else None
     found = _dequantized(value)

@@ -138,6 +138,15 @@ void parallel(const Context* context, size_t count, const Task& task) {
   if (all.error) std::rethrow_exception(all.error);
 }
 
+// Runs task(0) .. task(count - 1), so many of them one after the other as are worth starting a thread for.
+template <class Task>
+void parallel_in_groups(const Context* context, int64_t count, int64_t group, const Task& task) {
+  parallel(context, (count + group - 1) / group, [&](size_t part) {
+    const int64_t begin = part * group, end = begin + group < count ? begin + group : count;
+    for (int64_t i = begin; i < end; i++) task(i);
+  });
+}
+
 struct CustomOp {
   uint32_t version;
   void* (*create)(const CustomOp*, const Api*, const Info*);

@@ -30,10 +30,7 @@ void each(const ort::Context* context, int64_t count, float* to, const Number& n
 // task(row) for every row of so many numbers
 template <class Task>
 void each_row(const ort::Context* context, int64_t rows, int64_t width, const Task& task) {
-  const int64_t some = std::max<int64_t>(1, kShare / std::max<int64_t>(width, 1));
-  ort::parallel(context, (rows + some - 1) / some, [&](size_t part) {
-    for (int64_t row = part * some; row < std::min<int64_t>((part + 1) * some, rows); row++) task(row);
-  });
+  ort::parallel_in_groups(context, rows, std::max<int64_t>(1, kShare / std::max<int64_t>(width, 1)), task);
 }
 
 inline float squares(const float* x, int64_t count) {

@@ -60,14 +60,6 @@ inline void greatest(const float* numbers, int64_t count, int64_t most, int64_t*
   std::copy(places.begin(), places.begin() + most, to);
 }
 
-// task(m) for every token
-template <class Task>
-void each_token(const ort::Context* context, int64_t tokens, const Task& task) {
-  ort::parallel(context, (tokens + kTokens - 1) / kTokens, [&](size_t part) {
-    for (int64_t m = part * kTokens; m < std::min<int64_t>((part + 1) * kTokens, tokens); m++) task(m);
-  });
-}
-
 }  // namespace routing
 
 // v4::MoeRoute: logits [M, E], bias [E] -> weights float32 [M, K], experts int64 [M, K]
@@ -86,7 +78,7 @@ class MoeRoute {
     const float *logits = ort::data<float>(context, 0), *bias = ort::data<float>(context, 1);
     float* weights = ort::output<float>(context, 0, {tokens, top_k_});
     int64_t* chosen = ort::output<int64_t>(context, 1, {tokens, top_k_});
-    routing::each_token(context, tokens, [&](int64_t m) {
+    ort::parallel_in_groups(context, tokens, routing::kTokens, [&](int64_t m) {
       thread_local std::vector<float> scores, choice;
       scores.resize(experts);
       choice.resize(experts);
@@ -136,7 +128,7 @@ class HashRoute {
     const int64_t *table = ort::data<int64_t>(context, 1), *ids = ort::data<int64_t>(context, 2);
     float* weights = ort::output<float>(context, 0, {tokens, each});
     int64_t* chosen = ort::output<int64_t>(context, 1, {tokens, each});
-    routing::each_token(context, tokens, [&](int64_t m) {
+    ort::parallel_in_groups(context, tokens, routing::kTokens, [&](int64_t m) {
       thread_local std::vector<float> scores;
       scores.resize(experts);
       if (ids[m] < 0 || ids[m] >= of_table.dims[0]) throw std::out_of_range("there is no token of that number");

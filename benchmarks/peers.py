@@ -29,7 +29,7 @@ OURS = (
 #: Bytes of a number in GGUF's types: blocks of 32 share a float16.
 _GGUF_BYTES = {"f32": 4.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 #: What a model is measured in, where not in all: three billion parameters in each would take 60 GB.
-ONLY = {"large": ("fp32", "int4", "mxfp4", "f32", "q4_0")}
+ONLY = dict.fromkeys(("large", "large-v4", "large-v41"), ("fp32", "int4", "mxfp4", "f32", "q4_0"))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def engines_of(name: str, here: Path, compiled: bool) -> list[Engine]:
     config, source = SUBJECTS[name][1](), checkpoint(here, name)
     return [
         *_ours(name, config, source, here),
-        *_transformers(config, source, compiled and name not in ONLY),
+        *_transformers(config, source, compiled),
         *_llama(name, config, source, here),
     ]
 

@@ -14,7 +14,7 @@ from v4export.config.sharding import Sharding
 from v4export.engine.options import EngineOptions
 from v4export.errors import BadInput, NotEnough
 from v4export.package.bundle import Bundle
-from v4export.plan import foreseen
+from v4export.plan import foreseen, verb
 from v4export.plan.devices import DEVICES, find_device, target_of
 from v4export.plan.fits import BY_LOSS, Machine, check_certain, larger_sharding, missing, smaller_recipe
 from v4export.plan.stages import STAGES, Need, needs
@@ -120,7 +120,9 @@ def test_command(capfd, tiny_checkpoint, tmp_path):
     assert spread["bytes"]["pointed_bytes"] > 0 and not spread["missing"] and spread["machine"]["device"] is None
 
 
-def test_command_refuses(capfd):
+def test_command_refuses(capfd, monkeypatch):
+    # What is advised has to fit this machine too.
+    monkeypatch.setattr(verb, "this_machine", lambda out, device: replace(AMPLE, device=device))
     little = ["--device-memory-gib", 20, "--no-engine", "--no-verify"]
     found = call(capfd, "plan", "deepseek-v2-lite", *little)
     assert found.code == 3 and "run " in found.out

@@ -347,12 +347,24 @@ void products(const Matrix& m, int64_t first, int64_t last, const Pairs& vectors
   }
 }
 
-// `count` lines as pairs that run across them, so that lines are what is summed over; zeros follow the last. What lies
-// `ahead` lines further is fetched meanwhile.
-inline void across(Pairs& to, const Left& lines, int64_t count, int64_t columns, int64_t ahead = 0) {
+// What is read next, fetched a few cache lines at a time between other work, so that neither waits for the other.
+struct Ahead {
+  const uint8_t* next = nullptr;
+  int64_t bytes = 0, each = 0;
+
+  void fetch() {
+    const int64_t some = std::min(each, bytes);
+    for (int64_t i = 0; i < some; i += 64) __builtin_prefetch(next + i);
+    next += some;
+    bytes -= some;
+  }
+};
+
+// `count` lines as pairs that run across them, so that lines are what is summed over; zeros follow the last.
+inline void across(Pairs& to, const Left& lines, int64_t count, int64_t columns, Ahead* ahead = nullptr) {
   to.resize(columns, count);
   for (int64_t t = 0; t < to.depth; t += 2) {
-    for (int64_t c = 0; ahead && c < 2 * lines.stride; c += kDepth) __builtin_prefetch(lines[t + ahead] + c);
+    if (ahead) ahead->fetch();
     for (int64_t c = 0; c < columns; c += kLanes) {
       const auto of = [&](int64_t line) {
         return line < count ? widen_lanes(read<Halves>(lines[line] + c)) : Words{};

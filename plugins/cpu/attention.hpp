@@ -37,6 +37,7 @@ namespace attention {
 
 constexpr int64_t kSplit = 256;  // rows worth a task of their own
 constexpr int64_t kGroup = 8;    // tokens whose rows are prepared for AMX together
+constexpr int64_t kColumns = 64; // of values that are paired and summed while they are in the first-level cache
 
 // Query heads, of one token or of several.
 struct Queries {
@@ -124,21 +125,25 @@ void add_tile(const uint8_t* const* rows, int64_t first, int64_t count, const Qu
   thread_local amx::Pairs values;
   shares.resize(amx::whole(queries.count(), amx::kSide), count, amx::kParts);
   amx::Left lines{};
+  amx::Ahead ahead;
   if (const int64_t stride = as_lines<F>(rows, count, queries.width)) {
     lines = {reinterpret_cast<const uint16_t*>(rows[0]), stride, queries.width};
-    amx::across(values, lines, count, queries.value_width, kTile);
+    const int64_t bytes = 2 * stride * kTile;
+    ahead = {rows[0] + bytes, bytes, amx::whole(2 * bytes * kColumns / (queries.value_width * kTile), 64)};
   } else {
     copies.resize(amx::whole(count, amx::kBlock), queries.width);
     for (int64_t t = 0; t < count; t++) amx::widen<F>(keys, t, copies[t], copies.depth);
     lines = copies;
-    amx::across(values, lines, count, queries.value_width);
   }
   const amx::Tiles tiles;
   amx::products(lines, count, queries.pairs, scores.data(), kTile);
   to.take(scores.data(), first, count, queries);
   for (int64_t h = 0; h < queries.count(); h++)
     amx::narrow(scores.data() + h * kTile, shares.depth, shares[h], shares.depth, amx::kParts);
-  amx::add(shares, queries.count(), values, to.z.data(), to.stride);
+  for (int64_t c = 0; c < queries.value_width; c += kColumns, lines.first += kColumns) {
+    amx::across(values, lines, count, std::min(kColumns, queries.value_width - c), &ahead);
+    amx::add(shares, queries.count(), values, to.z.data() + c, to.stride);
+  }
 }
 
 // Rows first <= i < last of all that the spans have.

@@ -19,7 +19,10 @@ struct Matrix {
 
 constexpr int kRows = 4, kVectors = 6;  // of a tile: 24 sums, and 4 rows' numbers, stay in registers
 constexpr int64_t kAhead = 1 << 14;      // bytes
-constexpr int64_t kStretch = 32;         // columns whose prefetching goes ahead of them
+
+// Columns whose prefetching goes ahead of them; of many sums, which are put aside meanwhile, more.
+template <int C>
+constexpr int64_t kStretch = C == 1 ? 32 : 128;
 
 namespace tiles {
 
@@ -70,12 +73,14 @@ inline void tail(Floats (&sums)[R][C], const Rows<R>& tile, const float* const* 
   step<Format, R, C>(sums, padded, 0, numbers, 0, number);
 }
 
-// out[c * stride + r] = unit * sum_k row_r[k] vector_c[k]
+// out[c * stride + r] = unit * sum_k row_r[k] vector_c[k] for C of `count` vectors, from number `begin` on
 template <class Format, int R, int C>
-void tile(const Matrix& m, int64_t row, const float* const* vectors, float* out, int64_t stride) {
+void tile(const Matrix& m, int64_t row, const float* const* vectors, int64_t begin, int64_t count, float* out, int64_t stride) {
   constexpr int kWidth = kLanes * Format::kStep;
   constexpr int64_t kBytes = Format::bytes(kWidth);
   Floats sums[R][C] = {};
+  vectors += begin;
+  out += begin * stride;
   Rows<R> tile{};
   for (int r = 0; r < R; r++) {
     tile.rows[r] = m.rows[row + r];
@@ -85,11 +90,14 @@ void tile(const Matrix& m, int64_t row, const float* const* vectors, float* out,
   // they go.
   const int64_t next = R > 1 ? (tile.rows[R - 1] - tile.rows[0]) / (R - 1) * R : 0;
   const int64_t ahead = next > 0 ? std::max<int64_t>(kAhead / next, 1) * next : 0;
-  const int64_t block = Format::kScaled ? m.block : kStretch;
+  const int64_t block = Format::kScaled ? m.block : kStretch<C>;
   int64_t k = 0, at = 0, number = 0;
+  // Each tile of these rows fetches its share.
+  const int64_t share = Format::bytes(m.width) * begin / count;
+  int64_t fetched = share / 64 * 64;
   const auto prefetch = [&](int64_t bytes) {
-    for (int64_t i = 0; C == 1 && i < bytes; i += 64)
-      for (int r = 0; r < R; r++) __builtin_prefetch(tile.rows[r] + at + ahead + i);
+    for (const int64_t end = share + (at + bytes) * C / count; ahead && fetched < end; fetched += 64)
+      for (int r = 0; r < R; r++) __builtin_prefetch(tile.rows[r] + ahead + fetched);
   };
   const auto multiply = [&](const Floats (&parts)[R][C]) {
     for (int r = 0; r < R; r++)
@@ -115,16 +123,21 @@ void tile(const Matrix& m, int64_t row, const float* const* vectors, float* out,
     if (kLate<Format, C>) multiply(parts);
   }
   for (int c = 0; c < C; c++)
-    for (int r = 0; r < R; r++) out[c * stride + r] = Format::kUnit * sum(sums[r][c]);
+    if constexpr (R == 4) {
+      const Four four = Format::kUnit * sums_of(sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
+      std::memcpy(out + c * stride, &four, sizeof four);
+    } else {
+      for (int r = 0; r < R; r++) out[c * stride + r] = Format::kUnit * sum(sums[r][c]);
+    }
 }
 
-// The largest tiles first, then what is left over.
+// All vectors from number `begin` on: the largest tiles first, then what is left over.
 template <class Format, int R, int C, int... Less>
-void row_of_tiles(const Matrix& m, int64_t row, const float* const* vectors, int64_t count, float* out, int64_t stride) {
-  int64_t c = 0;
-  for (; c + C <= count; c += C) tile<Format, R, C>(m, row, vectors + c, out + c * stride, stride);
+void row_of_tiles(const Matrix& m, int64_t row, const float* const* vectors, int64_t begin, int64_t count, float* out,
+                  int64_t stride) {
+  for (; begin + C <= count; begin += C) tile<Format, R, C>(m, row, vectors, begin, count, out, stride);
   if constexpr (sizeof...(Less) > 0)
-    if (c < count) row_of_tiles<Format, R, Less...>(m, row, vectors + c, count - c, out + c * stride, stride);
+    if (begin < count) row_of_tiles<Format, R, Less...>(m, row, vectors, begin, count, out, stride);
 }
 
 // The even lanes of two vectors, and the odd ones.
@@ -177,7 +190,7 @@ void products(const Matrix& m, int64_t first, int64_t last, const float* const* 
     const int64_t some = std::min(fit, count - c);
     int64_t n = first;
     for (; n + kRows <= last; n += kRows)
-      tiles::row_of_tiles<Format, kRows, kVectors, 4, 2, 1>(m, n, vectors + c, some, out + c * stride + n, stride);
-    for (; n < last; n++) tiles::row_of_tiles<Format, 1, kVectors, 1>(m, n, vectors + c, some, out + c * stride + n, stride);
+      tiles::row_of_tiles<Format, kRows, kVectors, 4, 2, 1>(m, n, vectors + c, 0, some, out + c * stride + n, stride);
+    for (; n < last; n++) tiles::row_of_tiles<Format, 1, kVectors, 1>(m, n, vectors + c, 0, some, out + c * stride + n, stride);
   }
 }

@@ -101,14 +101,32 @@ inline Halves narrow_lanes(Words from) {
 #endif
 }
 
+typedef float Four __attribute__((vector_size(16)));
+
+// Sums of the lanes of four vectors at once, and of one, in the same order.
+#if defined(__AVX512F__)
+inline Four sums_of(Floats a, Floats b, Floats c, Floats d) {
+  const __m512 w = (__m512)a, x = (__m512)b, y = (__m512)c, z = (__m512)d;
+  const __m512 ab = _mm512_maskz_unpacklo_ps(-1, w, x) + _mm512_maskz_unpackhi_ps(-1, w, x);
+  const __m512 cd = _mm512_maskz_unpacklo_ps(-1, y, z) + _mm512_maskz_unpackhi_ps(-1, y, z);
+  const Floats all = (Floats)(_mm512_maskz_shuffle_ps(-1, ab, cd, 0x44) + _mm512_maskz_shuffle_ps(-1, ab, cd, 0xee));
+  Four parts[4];
+  std::memcpy(parts, &all, sizeof all);
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+inline float sum(Floats value) { return sums_of(value, value, value, value)[0]; }
+#else
 // Four lanes at a time: one after another would take as long as a short row itself.
 inline float sum(Floats value) {
-  typedef float Four __attribute__((vector_size(16)));
   Four parts[kLanes / 4];
   std::memcpy(parts, &value, sizeof value);
   for (int i = 1; i < kLanes / 4; i++) parts[0] += parts[i];
   return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
+
+inline Four sums_of(Floats a, Floats b, Floats c, Floats d) { return Four{sum(a), sum(b), sum(c), sum(d)}; }
+#endif
 
 // Lanes of a where the mask has ones, of b where it has zeros.
 inline Floats choose(Ints mask, Floats a, Floats b) { return as<Floats>((mask & as<Ints>(a)) | (~mask & as<Ints>(b))); }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,21 @@ def test_what_kernels_take_is_made_once(
     monkeypatch.setattr(kept, "_maker", lambda: b"another")
     kept.graph_for_kernels(path)
     assert len(made) == 3
+
+
+def test_a_cache_without_room_costs_no_run(
+    exported: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("V4EXPORT_CACHE", str(tmp_path))
+    path = exported("fp32").folder / "model.onnx"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
+    try:
+        found = kept.graph_for_kernels(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert found == ir.to_proto(lower_for_kernels(path))
+    assert not [*(tmp_path / "kernels").iterdir()]
 
 
 def kernels_of(bundle: Bundle) -> set[str]:

@@ -1,7 +1,8 @@
 """Export, prompts and decoding on a CPU beside transformers and llama.cpp, in one run, written into docs/benchmarks.md.
 
-Needs the extra ``bench``, 40 GB of disk (90 where all is kept), 24 GB of memory, and a machine that does nothing else.
-Engines take turns, one loaded at a time, so that each has the memory and both threads for itself.
+Needs the extra ``bench``, 40 GB of disk (120 where all is kept), 24 GB of memory, and a machine that does nothing else.
+Parts of the page can be measured by themselves; all take hours. Engines take turns, one loaded at a time, so that each
+has the memory and both threads for itself.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ from subject import SUBJECTS, checkpoint, subject
 
 from v4export.package.bundle import Bundle
 
-BEGIN, END = "<!-- measured -->", "<!-- end of what was measured -->"
+EXPORTS = "exports"
+PARTS = (EXPORTS, *SUBJECTS)
 
 
 @click.command(help=__doc__)
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep checkpoints, GGUF files and bundles here.")
-@click.option("--models", default=",".join(SUBJECTS), show_default=True, help="Which of them.")
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, help="Measure it; else all.")
 @click.option("--rounds", default=3, show_default=True, help="Times that the engines take turns.")
 @click.option("--steps", default=8, show_default=True, help="Tokens decoded in a turn, at each number of cached ones.")
 @click.option("--compile-timeout", default=900.0, show_default=True, help="Seconds of torch.compile; 0: skip.")
 @click.option("--exporter-timeout", default=300.0, show_default=True, help="Seconds for each other exporter; 0: skip.")
-@click.option("--into", type=click.Path(path_type=Path), default=PAGE, help="Page whose measured part is replaced.")
+@click.option("--into", type=click.Path(path_type=Path), default=PAGE, help="Page whose measured parts are replaced.")
 def main(
     folder: Path | None,
-    models: str,
+    parts: tuple[str, ...],
     rounds: int,
     steps: int,
     compile_timeout: float,
@@ -44,20 +46,22 @@ def main(
 ) -> None:
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        first = folder or Path(scratch)
-        tables = [machine(), exports(checkpoint(first), Path(scratch), exporter_timeout)]
-        click.echo("\n\n".join(tables))
-        for name in models.split(","):
-            with tempfile.TemporaryDirectory(dir=scratch) as passing:
-                engines = engines_of(name, folder or Path(passing), compiled=compile_timeout > 0)
-                found = measured(engines, rounds, steps, compile_timeout)
-            tables += [f"**{SUBJECTS[name][0]}**", table(found)]
-            click.echo("\n\n".join(tables[-2:]))
-            replace_between(into, BEGIN, END, tables)
-        tables.append(node_counts(Path(scratch)))
-        click.echo(f"\n{tables[-1]}")
-    replace_between(into, BEGIN, END, tables)
+    for part in parts:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            here = folder or Path(scratch)
+            if part == EXPORTS:
+                tables = [exports(checkpoint(here), Path(scratch), exporter_timeout), node_counts(Path(scratch))]
+            else:
+                engines = engines_of(part, here, compiled=compile_timeout > 0)
+                tables = [f"**{SUBJECTS[part][0]}**", table(measured(engines, rounds, steps, compile_timeout))]
+        tables.append(machine())
+        click.echo("\n\n".join(tables) + "\n")
+        replace_between(into, *marks(part), tables)
+
+
+def marks(part: str) -> tuple[str, str]:
+    """What is before and behind a part of the page."""
+    return f"<!-- measured on a CPU: {part} -->", f"<!-- end on a CPU: {part} -->"
 
 
 def exports(model: Path, here: Path, timeout_s: float) -> str:
@@ -71,12 +75,13 @@ def exports(model: Path, here: Path, timeout_s: float) -> str:
 
 
 def machine() -> str:
-    """What ran this."""
+    """What ran this, and how fast it reads."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     names = ("onnxruntime", "torch", "transformers", "onnx", *(("llama-cpp-python",) if find_spec("llama_cpp") else ()))
     packages = ", ".join(f"{p} {metadata.version(p)}" for p in names)
-    return f"{cpu or platform.machine()}, {THREADS} threads; Python {platform.python_version()}, {packages}"
+    reads = f"{THREADS} threads reading {bandwidth() / 1e9:.1f} GB/s"
+    return f"{cpu or platform.machine()}, {reads}; Python {platform.python_version()}, {packages}."
 
 
 def table(found: list[Measured]) -> str:
@@ -86,7 +91,7 @@ def table(found: list[Measured]) -> str:
     head = (*head, "start, s", "peak, GB", "floor, ms", "of floor")
     lines = [row(*head), row(*["---"] * len(head))]
     lines += [row(one.name, *one.cells(gbs)) for one in found]
-    return "\n".join([*lines, "", f"Read bandwidth of {THREADS} threads: {gbs:.1f} GB/s."])
+    return "\n".join(lines)
 
 
 def node_counts(here: Path) -> str:

@@ -43,7 +43,7 @@ def cpu_kernels(model: ir.Model) -> bool:
         elif node.op_type == EXPERTS and takes_experts(node):
             _experts(graph, node)
         elif node.op_type in SAME:
-            node.attributes["activations"] = ir.AttrString("activations", rounding(node))
+            node.attributes["activations"] = ir.AttrString("activations", rounding(node.outputs[0]))
         else:
             continue
         found = True
@@ -72,7 +72,7 @@ def _linear(graph: ir.Graph, gemm: ir.Node, weight: StoredMatrix) -> None:
     y = body.op(
         LINEAR, gemm.inputs[0], *weight.read_by(graph), *bias, domain=DOMAIN,
         **weight.attributes, bias=len(bias),
-        activations=rounding(gemm),
+        activations=rounding(gemm.outputs[0]),
     )  # fmt: skip
     replace(gemm.graph, gemm, [gemm], body.nodes, gemm.outputs, [y])
 
@@ -83,13 +83,12 @@ def _experts(graph: ir.Graph, node: ir.Node) -> None:
     width, inner = (int(d) for d in down.shape[-2:])  # type: ignore[arg-type]
     for name, value in {"width": width, "out": inner}.items():
         node.attributes[name] = ir.AttrInt64(name, value)
-    node.attributes["activations"] = ir.AttrString("activations", rounding(node))
+    node.attributes["activations"] = ir.AttrString("activations", rounding(node.outputs[0]))
     for index, operand in enumerate(node.inputs):
         if operand is not None and operand.dtype == PACKED:
             node.replace_input_with(index, readable(graph, operand))
 
 
-def rounding(node: ir.Node) -> str:
-    """What a kernel is to round a node's result to: the name of a type, or nothing."""
-    dtype = node.outputs[0].dtype
-    return "" if dtype is None else _ROUNDINGS.get(dtype, "")
+def rounding(value: ir.Value) -> str:
+    """What a kernel is to round its result to, where the portable node makes this value: a type's name, or nothing."""
+    return "" if value.dtype is None else _ROUNDINGS.get(value.dtype, "")

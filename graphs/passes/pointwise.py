@@ -33,8 +33,8 @@ def fuse_rounding(model: ir.Model) -> bool:
     for node in list(model.graph):
         back = read_by(node, "Cast") if node.op_type == "Cast" else None
         wide = back is not None and node.inputs[0].dtype == back.outputs[0].dtype == ir.DataType.FLOAT  # type: ignore[union-attr]
-        if back is not None and wide and rounding(node):
-            replace_by_one(model.graph, ROUND, [node, back], [node.inputs[0]], activations=rounding(node))
+        if back is not None and wide and rounding(node.outputs[0]):
+            replace_by_one(model.graph, ROUND, [node, back], [node.inputs[0]], activations=rounding(node.outputs[0]))
             found = True
     return found
 
@@ -45,7 +45,7 @@ def _norm(graph: ir.Graph, node: ir.Node) -> bool:
     if not last or node.outputs[0].dtype not in NARROW:
         return False
     epsilon = node.attributes.get_float("epsilon", 1e-5)
-    replace_by_one(graph, NORM, [node], node.inputs[:2], epsilon=epsilon, activations=rounding(node))
+    replace_by_one(graph, NORM, [node], node.inputs[:2], epsilon=epsilon, activations=rounding(node.outputs[0]))
     return True
 
 
@@ -59,7 +59,7 @@ def _sum(graph: ir.Graph, node: ir.Node) -> bool:
         or any(_known(m) != _known(n) for m, n in zip(a, b, strict=True))
     ):  # type: ignore[arg-type]
         return False
-    replace_by_one(graph, SUM, [node], node.inputs, activations=rounding(node))
+    replace_by_one(graph, SUM, [node], node.inputs, activations=rounding(node.outputs[0]))
     return True
 
 
@@ -118,9 +118,9 @@ def _finish(
 ) -> None:
     """A node in place of some, and of the rounding of their result where that comes next."""
     narrow = read_by(old[-1], "Cast")
-    if narrow is not None and rounding(narrow):
+    if narrow is not None and rounding(narrow.outputs[0]):
         old = [*old, narrow]
-    replace_by_one(graph, op_type, old, inputs, **attributes, activations=rounding(old[-1]))
+    replace_by_one(graph, op_type, old, inputs, **attributes, activations=rounding(old[-1].outputs[0]))
 
 
 _FUSED = {"RMSNormalization": _norm, "Pow": _norm_alone, "Add": _sum, "Sigmoid": _swiglu}

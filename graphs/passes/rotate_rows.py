@@ -37,7 +37,7 @@ def _rotate(graph: ir.Graph, turned: ir.Node) -> bool:
         old, rows = [cut, *old, joined], cut.inputs[0]
     interleaved = turned.attributes.get_int("interleaved", 0)
     replace_by_one(
-        graph, ROTATE, old, [rows, *angles], begin=begin, interleaved=interleaved, activations=rounding(last)
+        graph, ROTATE, old, [rows, *angles], begin=begin, interleaved=interleaved, activations=rounding(last.outputs[0])
     )
     return True
 

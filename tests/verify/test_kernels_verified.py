@@ -32,7 +32,7 @@ WHAT = {
         "MoeExperts", "WindowAttention", "SparseAttention", "IndexSelect", "CandidateSelect", "IndexReselect",
         "HyperCoefficients", "HyperMix", "CompressTokens", "Round",
     },
-    ("tiny-v4x", "fp32"): {"MoeExperts", "LatentAttention"},
+    ("tiny-v4x", "fp32"): {"MoeExperts", "LatentAttention", "HeadLinear"},
 }  # fmt: skip
 #: In every model, by whether the graph computes in 16 bits.
 ALL = (
@@ -51,7 +51,7 @@ def test_random_models(random_bundle: Callable[[str, str], Bundle], preset: str,
 @pytest.mark.parametrize("precision", ["fp32", "fp8", "mxfp8", "mxfp4", "nvfp4"])
 def test_formats(exported: Callable[[str], Bundle], precision: str) -> None:
     bundle = exported(precision)
-    assert kernels_of(bundle) == {"LatentAttention", "MoeExperts"} | ALL[precision != "fp32"]
+    assert kernels_of(bundle) == {"HeadLinear", "LatentAttention", "MoeExperts"} | ALL[precision != "fp32"]
     check(bundle)
 
 

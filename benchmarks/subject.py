@@ -27,6 +27,9 @@ _WIDTHS = {
 }
 #: Wider and deeper: three times as many parameters.
 _WIDE = {"hidden_size": 1536, "num_layers": 16, "moe_intermediate_size": 640, "num_heads": 24, "q_lora_rank": 512}
+#: Experts of as many parameters in all where every layer has some.
+_ALL_ROUTED = _WIDTHS | {"moe_intermediate_size": 352}
+_LARGE_ALL_ROUTED = _WIDTHS | _WIDE | {"moe_intermediate_size": 544}
 
 
 def subject(experts: int = 64) -> ModelConfig:
@@ -54,22 +57,22 @@ def large() -> ModelConfig:
 
 def v4() -> ModelConfig:
     """DeepSeek-V4's layout: windows, CSA and HCA, four streams, cached rows of 512 as V3's latents have."""
-    return _v4(_WIDTHS | {"moe_intermediate_size": 352})
+    return _v4(_ALL_ROUTED)
 
 
 def large_v4() -> ModelConfig:
     """The same, wider and deeper: 3.0e9 parameters, 0.58e9 at work."""
-    return _v4(_WIDTHS | _WIDE | {"moe_intermediate_size": 544})
+    return _v4(_LARGE_ALL_ROUTED)
 
 
 def v41() -> ModelConfig:
     """DeepSeek-V4.1's: entries of 2 and 1 tokens that layers share, and a decoder; without Engram's tables."""
-    return _v41(_WIDTHS | {"moe_intermediate_size": 352})
+    return _v41(_ALL_ROUTED)
 
 
 def large_v41() -> ModelConfig:
     """The same, wider and deeper: 3.0e9 parameters, 0.55e9 at work."""
-    return _v41(_WIDTHS | _WIDE | {"moe_intermediate_size": 544})
+    return _v41(_LARGE_ALL_ROUTED)
 
 
 _RATIOS = {"window": 0, "csa": 4, "hca": 128}

@@ -203,24 +203,24 @@ class Attention {
     const int64_t steps = tokens / bound.batch, group = tiles && Rows::kGrowing ? kGroup : 1;
 
     // Tokens are tasks; where they are few, so are parts of what they see.
-    struct Task {
-      int64_t token, count, first, last;
-    };
-    std::vector<Task> tasks;
+    Buffers& mine = buffers<Buffers>();
+    std::vector<Task>& tasks = mine.tasks;
+    std::vector<Partial>& partials = mine.partials;
+    tasks.clear();
     for (int64_t m = 0; m < tokens; m += tasks.back().count) {
       const int64_t count = std::min(group, steps - m % steps);
       tasks.push_back({m, count, 0, INT64_MAX});
       if (tokens >= kGroup) continue;
-      std::vector<Span> spans;
-      bound.spans(spans, m / steps, m % steps + count - 1);
-      for (int64_t rest = rows_of(spans) - kSplit; rest > 0; rest -= kSplit) {
+      mine.spans.clear();
+      bound.spans(mine.spans, m / steps, m % steps + count - 1);
+      for (int64_t rest = rows_of(mine.spans) - kSplit; rest > 0; rest -= kSplit) {
         const int64_t first = tasks.back().first + kSplit;
         tasks.back().last = first;
         tasks.push_back({m, count, first, INT64_MAX});
       }
     }
     const bool split = tokens < kGroup;
-    std::vector<Partial> partials(split ? tasks.size() : 0);
+    if (split) at_least(partials, tasks.size());
     ort::parallel(context, tasks.size(), [&](size_t i) {
       const Task& task = tasks[i];
       thread_local Queries queries;
@@ -252,7 +252,17 @@ class Attention {
   }
 
  private:
-  template <class Task>
+  // Of the rows that the last of `count` tokens sees.
+  struct Task {
+    int64_t token, count, first, last;
+  };
+
+  struct Buffers {
+    std::vector<Task> tasks;
+    std::vector<Span> spans;
+    std::vector<attention::Partial> partials;
+  };
+
   void join(const std::vector<attention::Partial>& partials, size_t first, size_t last, const float* sinks, int64_t heads,
             const Task& task, int64_t width, float* z) const {
     for (int64_t h = 0; h < task.count * heads; h++) {

@@ -19,7 +19,7 @@ class CompressTokens {
     const ort::Shape shape(ort::input(context, 0)), of_ring(ort::input(context, 1));
     const int64_t batch = shape.dims[0], steps = shape.dims[1], planes = shape.dims[2], kept = halves_ * ratio_;
     const int64_t width = planes / (2 * halves_), entries = (steps + ratio_ - 1) / ratio_, columns = (width + kColumns - 1) / kColumns;
-    if (of_ring.dims != std::vector<int64_t>{batch, kept, planes}) throw std::invalid_argument("a ring of other sizes than the rows'");
+    if (of_ring.dims != ort::Dims{batch, kept, planes}) throw std::invalid_argument("a ring of other sizes than the rows'");
     const float *rows = ort::data<float>(context, 0), *ring = ort::data<float>(context, 1), *bias = ort::data<float>(context, 2);
     const int64_t* position = ort::data<int64_t>(context, 3);
     float* to = ort::output<float>(context, 0, {batch, entries, width});

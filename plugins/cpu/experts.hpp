@@ -18,22 +18,25 @@ class MoeExperts {
     const int64_t tokens = chosen.dims[0], each = chosen.dims[1];
     float* y = ort::output<float>(context, 0, {tokens, into_.width});
     if (!tokens) return;
-    const Order order(ort::data<int64_t>(context, 2), tokens * each, experts_);
     const float* x = ort::data<float>(context, 0);
-    std::vector<const float*> from(tokens * each), inner(tokens * each);
-    std::vector<float> h(tokens * each * into_.rows), z(tokens * each * into_.width);
+    Buffers& own = buffers<Buffers>();
+    own.order.sort(ort::data<int64_t>(context, 2), tokens * each, experts_);
+    own.from.resize(tokens * each);
+    own.inner.resize(tokens * each);
+    own.h.resize(tokens * each * into_.rows);
+    own.z.resize(tokens * each * into_.width);
     for (int64_t i = 0; i < tokens * each; i++) {
-      from[i] = x + order.slots[i] / each * into_.width;
-      inner[i] = h.data() + i * into_.rows;
+      own.from[i] = x + own.order.slots[i] / each * into_.width;
+      own.inner[i] = own.h.data() + i * into_.rows;
     }
-    run(context, order.visits, into_, from.data(), [&](const Visit& visit, const Vectors& vectors, int64_t first, int64_t last) {
-      up(context, visit, vectors, first, last, h.data());
+    run(context, own, into_, own.from.data(), [&](const Visit& visit, const Vectors& vectors, int64_t first, int64_t last) {
+      up(context, visit, vectors, first, last, own.h.data());
     });
-    run(context, order.visits, back_, inner.data(), [&](const Visit& visit, const Vectors& vectors, int64_t first, int64_t last) {
+    run(context, own, back_, own.inner.data(), [&](const Visit& visit, const Vectors& vectors, int64_t first, int64_t last) {
       const Stored down = matrix(context, back_, 2 * experts_ + visit.expert);
-      multiply(down, first, last, vectors, z.data() + visit.begin * into_.width, into_.width);
+      multiply(down, first, last, vectors, own.z.data() + visit.begin * into_.width, into_.width);
     });
-    mix(context, z.data(), order.places.data(), ort::data<float>(context, 1), tokens, each, y);
+    mix(context, own.z.data(), own.order.places.data(), ort::data<float>(context, 1), tokens, each, y);
   }
 
  private:
@@ -46,9 +49,13 @@ class MoeExperts {
   struct Order {
     std::vector<Visit> visits;
     std::vector<int64_t> slots, places;  // slot by place in that order, place by slot
+    std::vector<int64_t> begin;          // of an expert among them
 
-    Order(const int64_t* indices, int64_t count, int64_t experts) : slots(count), places(count) {
-      std::vector<int64_t> begin(experts + 1);
+    void sort(const int64_t* indices, int64_t count, int64_t experts) {
+      visits.clear();
+      slots.resize(count);
+      places.resize(count);
+      begin.assign(experts + 1, 0);
       for (int64_t i = 0; i < count; i++) {
         if (indices[i] < 0 || indices[i] >= experts) throw std::out_of_range("there is no expert of that number");
         begin[indices[i] + 1]++;
@@ -64,6 +71,21 @@ class MoeExperts {
     }
   };
 
+  // Rows first <= n < last of the matrix of a visit, or one of the panels that its vectors are packed into.
+  struct Task {
+    size_t visit;
+    int64_t first, last;
+  };
+
+  struct Buffers {
+    Order order;
+    std::vector<const float*> from, inner;  // the vectors of slots, and what comes of them
+    std::vector<float> h, z;
+    std::vector<Vectors> vectors;    // of a visit, and as AMX takes them
+    std::vector<amx::Pairs> pairs;
+    std::vector<Task> panels, tasks;
+  };
+
   Stored matrix(const ort::Context* context, const Form& form, int64_t number) const {
     const int64_t all = 3 * experts_, given = static_cast<int64_t>(ort::inputs(context));
     auto of = [&](int64_t part) { return 3 + part * all < given ? ort::input(context, 3 + part * all + number) : nullptr; };
@@ -72,15 +94,15 @@ class MoeExperts {
 
   // Shares the rows of every visited expert's matrix out, to be multiplied by the vectors of its slots.
   template <class Action>
-  void run(ort::Context* context, const std::vector<Visit>& visits, const Form& form, const float* const* slots,
-           const Action& action) const {
-    struct Task {
-      size_t visit;
-      int64_t first, last;
-    };
-    std::vector<Vectors> vectors;
-    std::vector<amx::Pairs> pairs(visits.size());
-    std::vector<Task> panels, tasks;
+  void run(ort::Context* context, Buffers& own, const Form& form, const float* const* slots, const Action& action) const {
+    const std::vector<Visit>& visits = own.order.visits;
+    std::vector<Vectors>& vectors = own.vectors;
+    std::vector<amx::Pairs>& pairs = own.pairs;
+    std::vector<Task> &panels = own.panels, &tasks = own.tasks;
+    vectors.clear();
+    at_least(pairs, visits.size());
+    panels.clear();
+    tasks.clear();
     for (size_t v = 0; v < visits.size(); v++) {
       vectors.push_back({slots + visits[v].begin, visits[v].end - visits[v].begin});
       if (const int parts = amx::parts(rounding_, vectors[v].count)) {

@@ -10,13 +10,19 @@ namespace indexing {
 
 constexpr int64_t kLine = 1024;  // keys of a task
 
-// Scores of all keys that tokens see, by number; -INFINITY for those that are left out.
+// Scores of the keys that a token sees, by number; -INFINITY for those that are left out.
+struct Seen {
+  float* scores;
+  int64_t count;
+};
+
+// Those of all tokens, until this thread's next.
 class Scores {
  public:
   // `blocks` are those whose keys are scored, [M, each]; all keys where `each` is negative.
   Scores(ort::Context* context, size_t position, int64_t ratio, float scale, const int64_t* blocks = nullptr,
          int64_t each = -1, int64_t block_size = 1)
-      : fresh(ort::input(context, 2)), held(ort::input(context, 3)) {
+      : fresh(ort::input(context, 2)), held(ort::input(context, 3)), own_(buffers<Buffers>()) {
     const ort::Shape q(ort::input(context, 0));
     tokens = q.dims[0];
     const int64_t heads = q.dims[1], width = q.dims[2], batch = ort::Shape(ort::input(context, 2)).dims[0];
@@ -24,28 +30,28 @@ class Scores {
     keys = held.count + fresh.count;
     const int64_t* at = ort::data<int64_t>(context, position);
     const float *queries = ort::data<float>(context, 0), *weights = ort::data<float>(context, 1);
-    scores.resize(tokens);
-    struct Task {
-      int64_t token, first, last;
-    };
-    std::vector<Task> tasks;
+    own_.begin.assign(1, 0);
+    own_.tasks.clear();
     for (int64_t m = 0; m < tokens; m++) {
       const int64_t seen = (at[m / steps] + m % steps + 1) / ratio;
-      scores[m].assign(seen, -INFINITY);
-      for (int64_t first = 0; first < seen; first += kLine) tasks.push_back({m, first, std::min(first + kLine, seen)});
+      own_.begin.push_back(own_.begin.back() + seen);
+      for (int64_t first = 0; first < seen; first += kLine) own_.tasks.push_back({m, first, std::min(first + kLine, seen)});
     }
-    if (tasks.empty()) return;
-    ort::parallel(context, tasks.size(), [&](size_t i) {
-      const Task& task = tasks[i];
+    own_.scores.resize(own_.begin.back());
+    std::fill(own_.scores.begin(), own_.scores.end(), -INFINITY);
+    ort::parallel(context, own_.tasks.size(), [&](size_t i) {
+      const Task& task = own_.tasks[i];
       const int64_t b = task.token / steps, before = at[b] / ratio;
-      std::vector<char> wanted(task.last - task.first, each < 0);
+      char wanted[kLine];
+      std::fill_n(wanted, task.last - task.first, each < 0);
       for (int64_t j = 0; j < each; j++) {
         const int64_t block = blocks[task.token * each + j];
         if (block < 0) continue;
         const int64_t from = std::max(block * block_size, task.first), to = std::min((block + 1) * block_size, task.last);
         for (int64_t n = from; n < to; n++) wanted[n - task.first] = 1;
       }
-      std::vector<const float*> q_rows(heads);
+      thread_local std::vector<const float*> q_rows;
+      q_rows.resize(heads);
       for (int64_t h = 0; h < heads; h++) q_rows[h] = queries + (task.token * heads + h) * width;
       for (bool is_held : {true, false}) {
         const int64_t from = is_held ? task.first : std::max(task.first, before);
@@ -68,10 +74,24 @@ class Scores {
     });
   }
 
+  Seen operator[](int64_t token) const {
+    return {own_.scores.data() + own_.begin[token], own_.begin[token + 1] - own_.begin[token]};
+  }
+
   int64_t tokens, keys;
-  std::vector<std::vector<float>> scores;  // of each token, as many as it sees
 
  private:
+  // Of the keys that a token sees.
+  struct Task {
+    int64_t token, first, last;
+  };
+
+  struct Buffers {
+    std::vector<int64_t> begin;  // of each token's scores, and the last one's end
+    std::vector<float> scores;
+    std::vector<Task> tasks;
+  };
+
   void score(Format format, const uint8_t* const* rows, const int64_t* numbers, int64_t count,
              const std::vector<const float*>& queries, int64_t width, const float* weights, float scale, int64_t token) {
     thread_local std::vector<float> dots;
@@ -86,17 +106,20 @@ class Scores {
     for (int64_t t = 0; t < count; t++) {
       float total = 0;
       for (int64_t h = 0; h < heads; h++) total += weights[h] * std::max(dots[h * kTile + t], 0.0f);
-      scores[token][numbers[t]] = total * scale;
+      (*this)[token].scores[numbers[t]] = total * scale;
     }
   }
 
   Segment fresh, held;
+  Buffers& own_;
 };
 
 // At most `most` places by falling score, of equal ones the lower first; -1 where there are fewer.
-inline void best(const std::vector<float>& scores, int64_t most, int64_t* to) {
-  std::vector<int64_t> places;
-  for (size_t n = 0; n < scores.size(); n++)
+inline void best(const Seen& seen, int64_t most, int64_t* to) {
+  thread_local std::vector<int64_t> places;
+  places.clear();
+  const float* scores = seen.scores;
+  for (int64_t n = 0; n < seen.count; n++)
     if (scores[n] != -INFINITY) places.push_back(n);
   const auto better = [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; };
   const int64_t some = std::min<int64_t>(most, places.size());
@@ -109,7 +132,7 @@ inline void best(const std::vector<float>& scores, int64_t most, int64_t* to) {
 inline void choose_keys(ort::Context* context, const Scores& found, int64_t top_k) {
   const int64_t most = std::min(top_k, found.keys);
   int64_t* to = ort::output<int64_t>(context, 0, {found.tokens, most});
-  if (found.tokens) ort::parallel(context, found.tokens, [&](size_t m) { best(found.scores[m], most, to + m * most); });
+  if (found.tokens) ort::parallel(context, found.tokens, [&](size_t m) { best(found[m], most, to + m * most); });
 }
 
 }  // namespace indexing
@@ -146,15 +169,21 @@ class CandidateSelect {
     const int64_t most = std::min(top_blocks_, (found.keys + block_size_ - 1) / block_size_);
     int64_t* to = ort::output<int64_t>(context, 1, {found.tokens, most});
     for (int64_t m = 0; m < found.tokens; m++) {
-      const std::vector<float>& scores = found.scores[m];
-      std::vector<float> blocks((scores.size() + block_size_ - 1) / block_size_, -INFINITY);
-      for (size_t n = 0; n < scores.size(); n++) blocks[n / block_size_] = std::max(blocks[n / block_size_], scores[n]);
+      const indexing::Seen seen = found[m];
+      std::vector<float>& blocks = buffers<Blocks>().scores;
+      blocks.resize((seen.count + block_size_ - 1) / block_size_);
+      std::fill(blocks.begin(), blocks.end(), -INFINITY);
+      for (int64_t n = 0; n < seen.count; n++) blocks[n / block_size_] = std::max(blocks[n / block_size_], seen.scores[n]);
       if (!blocks.empty()) blocks.back() = INFINITY;  // that of the newest key is always taken
-      indexing::best(blocks, most, to + m * most);
+      indexing::best({blocks.data(), int64_t(blocks.size())}, most, to + m * most);
     }
   }
 
  private:
+  struct Blocks {
+    std::vector<float> scores;
+  };
+
   int64_t top_k_, ratio_, top_blocks_, block_size_;
   float scale_;
 };

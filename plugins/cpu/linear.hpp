@@ -18,17 +18,17 @@ class Linear {
     const ort::Value* x = ort::input(context, 0);
     const int64_t tokens = ort::Shape(x).dims[0];
     const Stored w(form_, context, given);
-    const std::vector<float> bias = has_bias_ ? numbers(ort::input(context, given)) : std::vector<float>();
+    Buffers& own = buffers<Buffers>();
+    const float* bias = has_bias_ ? numbers(ort::input(context, given), own.bias) : nullptr;
     float* y = ort::output<float>(context, 0, {tokens, form_.rows});
     if (!tokens) return;
-    std::vector<const float*> each(tokens);
-    for (int64_t m = 0; m < tokens; m++) each[m] = reinterpret_cast<const float*>(ort::bytes(x)) + m * form_.width;
-    Vectors vectors{each.data(), tokens};
-    amx::Pairs pairs;
+    own.each.resize(tokens);
+    for (int64_t m = 0; m < tokens; m++) own.each[m] = reinterpret_cast<const float*>(ort::bytes(x)) + m * form_.width;
+    Vectors vectors{own.each.data(), tokens};
     if (const int parts = amx::parts(rounding_, tokens)) {
-      pairs.resize(tokens, form_.width, parts);
-      ort::parallel(context, pairs.panels(), [&](size_t panel) { amx::pack(pairs, each.data(), form_.width, panel); });
-      vectors.pairs = &pairs;
+      own.pairs.resize(tokens, form_.width, parts);
+      ort::parallel(context, own.pairs.panels(), [&](size_t panel) { amx::pack(own.pairs, vectors.each, form_.width, panel); });
+      vectors.pairs = &own.pairs;
     }
     const int64_t rows = share(form_.rows, form_.width, vectors);
     ort::parallel(context, (form_.rows + rows - 1) / rows, [&](size_t task) {
@@ -36,11 +36,17 @@ class Linear {
       const int64_t last = std::min(first + rows, form_.rows);
       multiply(w, first, last, vectors, y, form_.rows);
       if (has_bias_ || rounding_ != Rounding::kNone)
-        for (int64_t m = 0; m < tokens; m++) finish(y + m * form_.rows, first, last, bias.data());
+        for (int64_t m = 0; m < tokens; m++) finish(y + m * form_.rows, first, last, bias);
     });
   }
 
  private:
+  struct Buffers {
+    std::vector<const float*> each;
+    std::vector<float> bias;
+    amx::Pairs pairs;
+  };
+
   void finish(float* y, int64_t first, int64_t last, const float* bias) const {
     for (int64_t n = first; n < last; n += kLanes) {
       const int some = static_cast<int>(std::min<int64_t>(kLanes, last - n));
@@ -105,7 +111,9 @@ class HeadLinear {
     with_format(w.format, [&](auto format) {
       using F = decltype(format);
       const int64_t block = F::kScaled ? w.block() : w.form.width, blocks = F::kScaled ? w.blocks() : 1;
-      std::vector<float> p(tokens * kTile), multipliers(blocks * kTile, 1);
+      thread_local std::vector<float> p, multipliers;
+      p.resize(tokens * kTile);
+      multipliers.assign(blocks * kTile, 1);
       const uint8_t* rows[kTile];
       for (int64_t begin = 0; begin < count; begin += kTile) {
         const int64_t some = std::min<int64_t>(kTile, count - begin);

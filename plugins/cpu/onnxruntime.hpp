@@ -2,13 +2,15 @@
 // stay. The names are the ABI's, in words; places and types are those of its version 17.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <initializer_list>
 #include <iterator>
 #include <mutex>
+#include <stdexcept>
 #include <string>
-#include <vector>
 
 namespace ort {
 
@@ -93,9 +95,39 @@ const T* data(const Context* context, size_t index) {
   return reinterpret_cast<const T*>(bytes(input(context, index)));
 }
 
+// A tensor's sizes, where they are.
+class Dims {
+ public:
+  static constexpr size_t kMost = 8;
+
+  Dims() = default;
+  Dims(std::initializer_list<int64_t> dims) {
+    resize(dims.size());
+    std::copy(dims.begin(), dims.end(), all_);
+  }
+
+  void resize(size_t rank) {
+    if (rank > kMost) throw std::invalid_argument("a tensor of more than " + std::to_string(kMost) + " sizes");
+    rank_ = rank;
+  }
+  size_t size() const { return rank_; }
+  int64_t* data() { return all_; }
+  const int64_t* data() const { return all_; }
+  const int64_t* begin() const { return all_; }
+  const int64_t* end() const { return all_ + rank_; }
+  int64_t operator[](size_t index) const { return all_[index]; }
+  int64_t back() const { return all_[rank_ - 1]; }
+  bool operator==(const Dims& other) const { return std::equal(begin(), end(), other.begin(), other.end()); }
+  bool operator!=(const Dims& other) const { return !(*this == other); }
+
+ private:
+  size_t rank_ = 0;
+  int64_t all_[kMost] = {};
+};
+
 struct Shape {
   Type type = kUndefined;
-  std::vector<int64_t> dims;
+  Dims dims;
 
   explicit Shape(const Value* value) {
     ShapeInfo* info = nullptr;
@@ -110,7 +142,7 @@ struct Shape {
 };
 
 template <class T>
-T* output(Context* context, size_t index, const std::vector<int64_t>& dims) {
+T* output(Context* context, size_t index, const Dims& dims) {
   Value* found = nullptr;
   check(call<Status*>(91, context, index, dims.data(), dims.size(), &found));
   return reinterpret_cast<T*>(const_cast<uint8_t*>(bytes(found)));

@@ -154,13 +154,15 @@ inline void part(Floats (&two)[2]) {
 #endif
 }
 
-// Vectors with even and odd places of every two of the machine's apart, and zeros behind them.
-inline std::vector<const float*> apart(const float* const* vectors, int64_t count, int64_t width, std::vector<float>& to) {
+// Vectors with even and odd places of every two of the machine's apart, and zeros behind them. They are a thread's until the next.
+inline const float* const* apart(const float* const* vectors, int64_t count, int64_t width) {
+  thread_local std::vector<float> numbers;
+  thread_local std::vector<const float*> found;
   const int64_t whole = (width + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes;
-  to.resize(count * whole);
-  std::vector<const float*> found(count);
+  numbers.resize(count * whole);
+  found.resize(count);
   for (int64_t c = 0; c < count; c++) {
-    float* own = to.data() + c * whole;
+    float* own = numbers.data() + c * whole;
     found[c] = own;
     for (int64_t k = 0; k < width; k += 2 * kLanes) {
       Floats two[2];
@@ -170,7 +172,7 @@ inline std::vector<const float*> apart(const float* const* vectors, int64_t coun
       std::memcpy(own + k, two, sizeof two);
     }
   }
-  return found;
+  return found.data();
 }
 
 }  // namespace tiles
@@ -181,10 +183,8 @@ template <class Format>
 void products(const Matrix& m, int64_t first, int64_t last, const float* const* vectors, int64_t count, float* out,
               int64_t stride) {
   if constexpr (std::is_same_v<Format, E2M1>)
-    if (m.block % (2 * kLanes) == 0) {
-      thread_local std::vector<float> numbers;
-      return products<E2M1Pairs>(m, first, last, tiles::apart(vectors, count, m.width, numbers).data(), count, out, stride);
-    }
+    if (m.block % (2 * kLanes) == 0)
+      return products<E2M1Pairs>(m, first, last, tiles::apart(vectors, count, m.width), count, out, stride);
   const int64_t fit = std::max<int64_t>(kVectors, (int64_t{1} << 17) / m.width / kVectors * kVectors);
   for (int64_t c = 0; c < count; c += fit) {
     const int64_t some = std::min(fit, count - c);

@@ -17,7 +17,7 @@ class Rotate {
   void compute(ort::Context* context) {
     const ort::Shape shape(ort::input(context, 0)), of_cos(ort::input(context, 1));
     const int64_t tokens = shape.dims[0], heads = shape.dims[1], width = shape.dims[2], pairs = of_cos.dims.back();
-    if (of_cos.dims != std::vector<int64_t>{1, tokens, pairs} || ort::Shape(ort::input(context, 2)).dims != of_cos.dims ||
+    if (of_cos.dims != ort::Dims{1, tokens, pairs} || ort::Shape(ort::input(context, 2)).dims != of_cos.dims ||
         begin_ + 2 * pairs > width)
       throw std::invalid_argument("Rotate: angles of other sizes than the rows'");
     const float *x = ort::data<float>(context, 0), *cos = ort::data<float>(context, 1), *sin = ort::data<float>(context, 2);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "amx.hpp"
+#include "buffers.hpp"
 #include "onnxruntime.hpp"
 
 enum class Format { kFloat32, kBfloat16, kFloat16, kE4M3, kE2M1 };
@@ -159,21 +160,22 @@ inline int64_t share(int64_t rows, int64_t width, const Vectors& vectors) {
   return std::clamp<int64_t>(amx::whole(worth, kRows), least, amx::whole(rows, least));
 }
 
-// Numbers of a vector of any plain format.
-inline std::vector<float> numbers(const ort::Value* vector) {
+// Numbers of a vector of any plain format: where they are, or widened into `to`.
+inline const float* numbers(const ort::Value* vector, std::vector<float>& to) {
   const ort::Shape shape(vector);
-  const int64_t count = shape.dims.empty() ? 1 : shape.dims.back();
-  std::vector<float> found(count);
+  if (shape.type == ort::kFloat) return reinterpret_cast<const float*>(ort::bytes(vector));
+  const int64_t count = shape.dims.size() ? shape.dims.back() : 1;
+  to.resize(count);
   with_plain(format_of(shape.type), [&](auto format) {
     using F = decltype(format);
     for (int64_t i = 0; i < count; i += kLanes) {
       const int64_t some = std::min<int64_t>(kLanes, count - i);
       uint8_t padded[kLanes * 4] = {};
       std::memcpy(padded, ort::bytes(vector) + F::bytes(i), F::bytes(some));
-      store_first(found.data() + i, F::widen(padded), static_cast<int>(some));
+      store_first(to.data() + i, F::widen(padded), static_cast<int>(some));
     }
   });
-  return found;
+  return to.data();
 }
 
 inline Rounding rounding_of(const std::string& name) {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import count_allocations
 import onnx
 import onnx_ir as ir
 import pytest
@@ -15,6 +19,7 @@ from v4export.graphs import kept
 from v4export.graphs.lower import lower_for_cpu, lower_for_kernels
 from v4export.graphs.passes.cpu_kernels import KERNELS
 from v4export.package.bundle import Bundle
+from v4export.plugins.cpu import library
 from v4export.plugins.kernels.emulate import compiler
 from v4export.runtime import sessions
 
@@ -53,6 +58,36 @@ def test_formats(exported: Callable[[str], Bundle], precision: str) -> None:
     bundle = exported(precision)
     assert kernels_of(bundle) == {"HeadLinear", "LatentAttention", "MoeExperts"} | ALL[precision != "fp32"]
     check(bundle)
+
+
+@pytest.fixture(scope="module")
+def counter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("counter") / "allocations.so"
+    source = Path(__file__).with_name("allocations.cpp")
+    subprocess.run([str(compiler()), "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
+    return made
+
+
+@pytest.mark.parametrize(("preset", "precision"), [*WHAT, ("trained", "mxfp4")])
+def test_no_step_allocates(
+    counter: Path,
+    exported: Callable[[str], Bundle],
+    random_bundle: Callable[[str, str], Bundle],
+    preset: str,
+    precision: str,
+) -> None:
+    """That is no longer than one before it."""
+    bundle = exported(precision) if preset == "trained" else random_bundle(preset, precision)
+    done = subprocess.run(
+        [sys.executable, count_allocations.__file__, str(bundle.folder)],
+        env={**os.environ, "LD_PRELOAD": str(counter), "COUNTED": str(library())},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    first, again = (int(line) for line in done.stdout.split())
+    assert first > 0
+    assert again == 0
 
 
 def test_integers_are_left_to_onnxruntime(exported: Callable[[str], Bundle]) -> None:

@@ -64,19 +64,21 @@ class Measured:
     failed: str = ""
 
     def cells(self, gbs: float) -> list[str]:
-        """Of its row, for a bandwidth."""
-        if self.failed:
-            return [self.failed, *[""] * (len(CASES) + 3)]
-        rates = [[new / s for s in self.seconds[held, new]] for held, new in CASES]
+        """Of its row, for a bandwidth; what it failed at first says why."""
         floor_ms = self.reads / gbs / 1e6
-        share = floor_ms / (float(np.median(self.seconds[CASES[1]])) * 1e3)
-        return [
-            *(f"{max(each):.1f} ({np.median(each):.1f})" for each in rates),
-            f"{np.median(self.start_s):.1f}",
-            f"{self.peak_gb:.2f}",
-            f"{floor_ms:.1f}",
-            f"{share:.0%}",
-        ]
+        cells = [self._rate(case) for case in CASES]
+        if self.failed:
+            cells[next((i for i, cell in enumerate(cells) if not cell), 0)] = self.failed
+        if not self.start_s:
+            return [*cells, *[""] * 4]
+        token = self.seconds[CASES[1]]
+        share = f"{floor_ms / (float(np.median(token)) * 1e3):.0%}" if token else ""
+        peak = f"{self.peak_gb:.2f}" if self.peak_gb else ""
+        return [*cells, f"{np.median(self.start_s):.1f}", peak, f"{floor_ms:.1f}", share]
+
+    def _rate(self, case: tuple[int, int]) -> str:
+        rates = [case[1] / s for s in self.seconds[case]]
+        return f"{max(rates):.1f} ({np.median(rates):.1f})" if rates else ""
 
 
 @functools.cache

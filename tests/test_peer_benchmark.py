@@ -52,7 +52,11 @@ def test_cells_by_hand():
     one = peers.Measured("it", 1e9, seconds, [3.0, 5.0], 1.5)
     cells = ["256.0 (192.0)", "10.0 (5.0)", "2.0 (2.0)", "1.0 (1.0)", "4.0", "1.50", "50.0", "25%"]
     assert one.cells(20.0) == cells
-    assert replace(one, failed="over 9 s").cells(20.0) == ["over 9 s", *[""] * 7]
+    seconds = {case: seconds[case] if case == cases[0] else [] for case in cases}
+    part = replace(one, seconds=seconds, peak_gb=0.0, failed="over 9 s")
+    assert part.cells(20.0) == [cells[0], "over 9 s", "", "", "4.0", "", "50.0", ""]
+    none = replace(part, seconds={case: [] for case in cases}, start_s=[])
+    assert none.cells(20.0) == ["over 9 s", *[""] * 7]
 
 
 def test_a_part_alone_is_measured_again(monkeypatch, tmp_path):

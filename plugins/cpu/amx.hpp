@@ -328,8 +328,13 @@ inline void products(const Left& lines, int64_t count, const Pairs& pairs, float
         Square tile;
         for (int r = 0; r < kSide; r++) std::memcpy(tile[r], sums + (n + r) * kBlock + i, sizeof tile[r]);
         transpose(tile);
-        for (int64_t l = 0; l < std::min<int64_t>(kSide, pairs.columns - c - i); l++)
-          std::memcpy(out + (c + i + l) * stride + n, tile[l], std::min<int64_t>(kSide, count - n) * sizeof(float));
+        for (int64_t l = 0; l < std::min<int64_t>(kSide, pairs.columns - c - i); l++) {
+          float* to = out + (c + i + l) * stride + n;
+          if (count - n >= kSide)  // a size that the compiler knows is a move
+            std::memcpy(to, tile[l], sizeof tile[l]);
+          else
+            std::memcpy(to, tile[l], (count - n) * sizeof(float));
+        }
       }
   }
 }

@@ -157,6 +157,7 @@ def test_the_command_line_starts_light():
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_nothing_optional_is_imported_with_the_api():
     code = f"import sys, v4export.api; print(sorted({LATE - {'torch'}!r} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -115,6 +115,7 @@ def test_every_kind_of_fault_is_planted_somewhere(tiny_bundle):
     assert len(kinds) > 35 and len(set(kinds)) == len(kinds)
 
 
+@pytest.mark.slow
 def test_bundles_of_different_models_are_refused(tiny_bundle, tmp_path):
     other = tmp_path / "other"
     api.export(tiny_bundle("fp32").source, other, precision="fp32", layers=range(2), max_seq_len=64)

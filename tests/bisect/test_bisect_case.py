@@ -57,6 +57,7 @@ def test_a_case_that_cannot_run_fails(case):
         api.replay(case).check()
 
 
+@pytest.mark.slow
 def test_polygraphy_shows_it(case):
     words = ["run", "model.onnx", "--onnxrt", "--load-inputs", "inputs.json", "--load-outputs", "expected.json"]
     code = "import sys; from polygraphy.tools import main; sys.exit(main())"

@@ -30,6 +30,7 @@ def errors(w: np.ndarray, format: Format) -> np.ndarray:
     return np.square(wide - w).reshape(len(w), -1, 16).sum(axis=2)
 
 
+@pytest.mark.slow
 def test_errors_are_smaller_than_with_our_own_multipliers():
     w = matrix()
     assert errors(w, SEARCHED).sum() < 0.97 * errors(w, OURS).sum()

@@ -49,6 +49,7 @@ def test_load():
     assert hasattr(loaded.module, "OnnxParser") and loaded.version[0].isdigit()
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_early():
     code = (
         "import sys, v4export.engine.build, v4export.engine.doctor; print([m for m in sys.modules if 'tensorrt' in m])"

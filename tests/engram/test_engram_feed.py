@@ -110,6 +110,7 @@ def test_closing_ends_the_thread(feed):
     feed.close()
 
 
+@pytest.mark.slow
 def test_a_feed_that_nobody_closed_does_not_hold_up_the_end(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_engram_feed import *; from pathlib import Path\n"

@@ -162,6 +162,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
 def test_memory_does_not_grow_with_the_rows_touched(tmp_path):
     file = tmp_path / "sparse"

@@ -17,6 +17,7 @@ EXPERT = "model.layers.1.mlp.experts.0.up_proj.weight"
 RECIPES = [name for name, recipe in PRECISIONS.items() if not recipe.inputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_was_asked_for(stamped, name):
     config, model, _ = stamped("tiny-v3", name)

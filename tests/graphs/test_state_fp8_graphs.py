@@ -45,6 +45,7 @@ def narrow(all_stamped, preset: str, changes: dict, precision: str = "bf16"):
     return all_stamped(preset, precision, **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "changes"), CASES)
 def test_rows_and_multipliers_go_in_and_out(all_stamped, preset, changes):
     config, models, _ = narrow(all_stamped, preset, changes)
@@ -72,6 +73,7 @@ def test_nothing_but_quantising_nodes_has_to_do_with_the_type(all_stamped, prese
         assert len(makers) == kept or name != "model.onnx"
 
 
+@pytest.mark.slow
 def test_attention_has_a_second_form_for_prompts_and_kernels_all_the_same(all_stamped):
     """Both are made around attention nodes, whose cached rows no longer are inputs of the graph."""
     config, models, _ = narrow(all_stamped, "tiny-v3", {}, "fp32")

@@ -47,6 +47,7 @@ def test_two_processes_find_what_one_does(alone, monkeypatch):
     assert own == [1, 0]  # the first part, and none that was missing
 
 
+@pytest.mark.slow
 def test_a_helper_that_fails_is_not_missed(alone, monkeypatch):
     monkeypatch.setattr(tracing, "_WORTH", 1)
     monkeypatch.setattr(tracing, "_cores", lambda: 2)

@@ -45,6 +45,7 @@ def test_recipes_by_loss_are_recipes():
     assert {*BY_LOSS} == {name for name, p in PRECISIONS.items() if not p.inputs}
 
 
+@pytest.mark.slow
 def test_state_is_exact():
     for name in ("deepseek-v3", "deepseek-v4-flash", "deepseek-v4.1-flash", "tiny-v4x"):
         config, one = presets.load(name), work(name, length=2560, options=EngineOptions(max_batch=3))
@@ -73,6 +74,7 @@ def test_each_lack_is_named():
     ]
 
 
+@pytest.mark.slow
 def test_advice_is_what_fits():
     one = work("deepseek-v2-lite", verify=False, engine=False)
     machine = replace(AMPLE, device=20 * GIB)
@@ -139,6 +141,7 @@ def test_command_refuses(capfd, monkeypatch):
     assert blocks.code == 4 and "--keep" in blocks.err
 
 
+@pytest.mark.slow
 def test_what_was_foreseen_stands_beside_what_it_took(capfd, tmp_path, tiny_checkpoint):
     out = tmp_path / "out"
     child = start("export", tiny_checkpoint, "-o", out, "--precision", "fp8", "-q")  # peaks are of a process

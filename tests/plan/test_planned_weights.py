@@ -74,6 +74,7 @@ def test_every_byte_is_foreseen(checkpoints, name, recipe):
     assert experts == sum(formats) - sum(as_stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [

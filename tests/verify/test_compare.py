@@ -150,6 +150,7 @@ def test_another_number_of_experts(exported, tmp_path, precision, count):
     assert bad[0].name == "layer 1 routed" and f"sequence 0, {count} experts taken for a token, not 4" in bad[0].notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.cpu.onnx", "weights"])
 def test_damaged_files_are_refused(exported, tmp_path, name):
     damaged = Damaged(exported("fp32").folder, tmp_path / "damaged")

@@ -23,18 +23,20 @@ class Coefficients {
   // logits [M, count()] of streams [M, X * D]: products with fn's rows, not yet divided by the streams' root mean square
   void project(ort::Context* context, int64_t tokens, int64_t width, float* logits) const {
     const float *x = ort::data<float>(context, 0), *fn = ort::data<float>(context, 1);
-    Addresses& of = buffers<Addresses>();
-    of.rows.resize(count());
-    of.each.resize(tokens);
-    for (int64_t n = 0; n < count(); n++) of.rows[n] = reinterpret_cast<const uint8_t*>(fn + n * width);
-    for (int64_t m = 0; m < tokens; m++) of.each[m] = x + m * width;
+    thread_local std::vector<const uint8_t*> rows;
+    rows.resize(count());
+    for (int64_t n = 0; n < count(); n++) rows[n] = reinterpret_cast<const uint8_t*>(fn + n * width);
+    thread_local std::vector<const float*> vectors;
+    vectors.resize(tokens);
+    for (int64_t m = 0; m < tokens; m++) vectors[m] = x + m * width;
+    const float* const* each = vectors.data();  // tasks on other threads have vectors of their own
     Matrix matrix;
-    matrix.rows = of.rows.data();
+    matrix.rows = rows.data();
     matrix.width = width;
     const int64_t parts = (count() + kRows - 1) / kRows, groups = (tokens + kTokens - 1) / kTokens;
     ort::parallel(context, parts * groups, [&](size_t task) {
       const int64_t n = task % parts * kRows, m = task / parts * kTokens;
-      products<Float32>(matrix, n, std::min(n + kRows, count()), of.each.data() + m, std::min(kTokens, tokens - m),
+      products<Float32>(matrix, n, std::min(n + kRows, count()), each + m, std::min(kTokens, tokens - m),
                         logits + m * count(), count());
     });
   }
@@ -57,11 +59,6 @@ class Coefficients {
   }
 
  private:
-  struct Addresses {
-    std::vector<const uint8_t*> rows;
-    std::vector<const float*> each;
-  };
-
   void softmax(const float* from, float* to) const {
     const float highest = *std::max_element(from, from + streams_);
     float total = 0;
@@ -120,23 +117,20 @@ class HyperConnection {
     float* first = ort::output<float>(context, 0, {tokens, kCollapses ? D : X});
     float* post = ort::output<float>(context, 1, {tokens, X});
     float* comb = ort::output<float>(context, 2, {tokens, X, X});
-    Logits& logits = buffers<Logits>();
-    logits.all.resize(tokens * count);
-    coefficients_.project(context, tokens, width, logits.all.data());
+    thread_local std::vector<float> projected;
+    projected.resize(tokens * count);
+    float* logits = projected.data();
+    coefficients_.project(context, tokens, width, logits);
     pointwise::each_row(context, tokens, width, [&](int64_t m) {
       thread_local std::vector<float> shares;
       shares.resize(X);
       float* pre = kCollapses ? shares.data() : first + m * X;
-      coefficients_.of(logits.all.data() + m * count, x + m * width, width, base, scale, pre, post + m * X, comb + m * X * X);
+      coefficients_.of(logits + m * count, x + m * width, width, base, scale, pre, post + m * X, comb + m * X * X);
       if (kCollapses) hyper::weighted(pre, 1, x + m * width, X, D, rounding_, first + m * D);
     });
   }
 
  private:
-  struct Logits {
-    std::vector<float> all;
-  };
-
   hyper::Coefficients coefficients_;
   Rounding rounding_;
 };

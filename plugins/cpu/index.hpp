@@ -170,7 +170,7 @@ class CandidateSelect {
     int64_t* to = ort::output<int64_t>(context, 1, {found.tokens, most});
     for (int64_t m = 0; m < found.tokens; m++) {
       const indexing::Seen seen = found[m];
-      std::vector<float>& blocks = buffers<Blocks>().scores;
+      thread_local std::vector<float> blocks;
       blocks.resize((seen.count + block_size_ - 1) / block_size_);
       std::fill(blocks.begin(), blocks.end(), -INFINITY);
       for (int64_t n = 0; n < seen.count; n++) blocks[n / block_size_] = std::max(blocks[n / block_size_], seen.scores[n]);
@@ -180,10 +180,6 @@ class CandidateSelect {
   }
 
  private:
-  struct Blocks {
-    std::vector<float> scores;
-  };
-
   int64_t top_k_, ratio_, top_blocks_, block_size_;
   float scale_;
 };

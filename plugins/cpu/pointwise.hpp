@@ -117,19 +117,16 @@ class RmsNorm {
   void compute(ort::Context* context) {
     const ort::Shape shape(ort::input(context, 0));
     const int64_t width = shape.dims.back(), rows = width ? pointwise::count_of(shape) / width : 0;
-    std::vector<float>& widened = buffers<Weight>().widened;
-    if (ort::inputs(context) < 2) widened.assign(width, 1.0f);
-    const float* weight = ort::inputs(context) < 2 ? widened.data() : numbers(ort::input(context, 1), widened);
+    thread_local std::vector<float> own;
+    const bool given = ort::inputs(context) > 1;
+    if (!given) own.assign(width, 1.0f);
+    const float* weight = given ? numbers(ort::input(context, 1), own) : own.data();
     const float* x = ort::data<float>(context, 0);
     float* y = ort::output<float>(context, 0, shape.dims);
     pointwise::each_row(context, rows, width, [&](int64_t row) { norm(x + row * width, weight, width, y + row * width); });
   }
 
  private:
-  struct Weight {
-    std::vector<float> widened;
-  };
-
   void norm(const float* x, const float* weight, int64_t width, float* y) const {
     const float factor = 1 / std::sqrt(pointwise::squares(x, width) / width + epsilon_);
     for (int64_t d = 0; d < width; d += kLanes) {

@@ -19,9 +19,8 @@ PROMPT, STEPS = 20, 30
 
 def main(folder: str) -> None:
     bundle = Bundle.open(Path(folder))
-    executor = OnnxExecutor(
-        bundle.folder, bundle.config, bundle.precision, max_seq_len=128, threads=1, kernels=True
-    )  # fmt: skip
+    how = {"max_seq_len": 128, "threads": 1, "kernels": True}
+    executor = OnnxExecutor(bundle.folder, bundle.config, bundle.precision, **how)
     ids = np.random.default_rng(0).integers(0, bundle.config.vocab_size, (1, PROMPT + STEPS))
     counter = ctypes.CDLL(None)
     counter.count_allocations(True)
